@@ -73,11 +73,7 @@ impl Level {
     /// Every level of this machine, lowest first: for tests that compare them.
     pub fn available() -> Vec<Level> {
         let best = Self::detect();
-        [Kind::Scalar, Kind::Avx2, Kind::Avx512]
-            .into_iter()
-            .map(Level)
-            .filter(|level| *level <= best)
-            .collect()
+        [Kind::Scalar, Kind::Avx2, Kind::Avx512].into_iter().map(Level).filter(|level| *level <= best).collect()
     }
 
     /// The instruction set.
@@ -235,15 +231,7 @@ pub trait Simd: Copy + Send + Sync + 'static {
         let r = self.fma(n, self.splat(-0.693_359_4), x);
         let r = self.fma(n, self.splat(2.121_944_4e-4), r);
         let mut p = self.splat(1.0 / 5040.0);
-        for c in [
-            1.0 / 720.0,
-            1.0 / 120.0,
-            1.0 / 24.0,
-            1.0 / 6.0,
-            0.5,
-            1.0,
-            1.0,
-        ] {
+        for c in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
             p = self.fma(p, r, self.splat(c));
         }
         let e = self.mul(p, self.pow2(n));
@@ -665,10 +653,7 @@ mod tests {
             probe(level, &x, &mut out);
             for (got, x) in out.iter().zip(&x) {
                 let want = f64::from(*x).exp();
-                assert!(
-                    (f64::from(*got) - want).abs() <= 2e-7 * want,
-                    "{level}: exp({x}) = {got}"
-                );
+                assert!((f64::from(*got) - want).abs() <= 2e-7 * want, "{level}: exp({x}) = {got}");
             }
             let head = &x[..n - 1];
             assert!((out[37] - head.iter().sum::<f32>()).abs() < 1e-3);

@@ -29,10 +29,7 @@ impl Workspace {
 
     /// An empty workspace whose kernels run at `level`.
     pub fn with_level(level: Level) -> Self {
-        Workspace {
-            level,
-            memory: Vec::new(),
-        }
+        Workspace { level, memory: Vec::new() }
     }
 
     /// The SIMD level that kernels given this workspace run at.
@@ -55,11 +52,7 @@ impl Workspace {
             self.memory = Vec::new();
             self.memory = vec![0.0; need];
         }
-        let skip = self
-            .memory
-            .as_ptr()
-            .align_offset(LINE * size_of::<f32>())
-            .min(LINE);
+        let skip = self.memory.as_ptr().align_offset(LINE * size_of::<f32>()).min(LINE);
         let mut rest = &mut self.memory[skip..];
         lens.map(|len| {
             let (head, tail) = std::mem::take(&mut rest).split_at_mut(padded(len));

@@ -1,0 +1,64 @@
+//! Fully connected layer: `y[r,o] = sum_i x[r,i] w[o,i] + b[o]`.
+
+use crate::gemm::{Gemm, multiply};
+use crate::reduce::add_column_sums;
+use crate::workspace::Workspace;
+
+/// Sizes of a fully connected layer. `x` is `[rows, c_in]`, `w` is `[c_out, c_in]`, `y` is `[rows, c_out]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Linear {
+    /// Rows of the input: batch times positions.
+    pub rows: usize,
+    /// Input channels.
+    pub c_in: usize,
+    /// Output channels.
+    pub c_out: usize,
+}
+
+impl Linear {
+    /// Floating-point operations of the forward pass.
+    pub fn flops(&self) -> u64 {
+        2 * self.rows as u64 * self.c_in as u64 * self.c_out as u64
+    }
+
+    fn check(&self, x: usize, w: usize, y: usize) {
+        assert_eq!(x, self.rows * self.c_in, "x's length");
+        assert_eq!(w, self.c_out * self.c_in, "w's length");
+        assert_eq!(y, self.rows * self.c_out, "y's length");
+    }
+}
+
+/// `y = x w^T + bias`. Panics if a slice's length is not what `d` says, as all functions here do.
+pub fn linear_forward(d: &Linear, x: &[f32], w: &[f32], bias: Option<&[f32]>, y: &mut [f32], ws: &mut Workspace) {
+    d.check(x.len(), w.len(), y.len());
+    if let Some(bias) = bias {
+        assert_eq!(bias.len(), d.c_out, "bias's length");
+    }
+    let g = Gemm { m: d.rows, n: d.c_out, k: d.c_in, trans_a: false, trans_b: true };
+    multiply(&g, 1.0, x, w, false, bias, y, ws);
+}
+
+/// `dx = dy w`, added to `dx` if `accumulate`.
+pub fn linear_backward_data(d: &Linear, w: &[f32], dy: &[f32], dx: &mut [f32], accumulate: bool, ws: &mut Workspace) {
+    d.check(dx.len(), w.len(), dy.len());
+    let g = Gemm { m: d.rows, n: d.c_in, k: d.c_out, trans_a: false, trans_b: false };
+    multiply(&g, 1.0, dy, w, accumulate, None, dx, ws);
+}
+
+/// `dw += dy^T x`, `dbias += column sums of dy`.
+pub fn linear_backward_weights(
+    d: &Linear,
+    x: &[f32],
+    dy: &[f32],
+    dw: &mut [f32],
+    dbias: Option<&mut [f32]>,
+    ws: &mut Workspace,
+) {
+    d.check(x.len(), dw.len(), dy.len());
+    let g = Gemm { m: d.c_out, n: d.c_in, k: d.rows, trans_a: true, trans_b: false };
+    multiply(&g, 1.0, dy, x, true, None, dw, ws);
+    if let Some(dbias) = dbias {
+        assert_eq!(dbias.len(), d.c_out, "dbias's length");
+        add_column_sums(dy, d.c_out, dbias, ws);
+    }
+}
