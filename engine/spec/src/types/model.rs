@@ -24,6 +24,10 @@ pub struct Student {
     /// Also train the same student without distillation, to compare with.
     #[serde(default)]
     pub baseline: bool,
+    /// Seed of the student's initialisation, shuffling and augmentation. Absent: the pipeline's. Teachers keep the
+    /// pipeline's, so that one teacher serves students of several seeds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seed: Option<u64>,
 }
 
 /// A running average of the student's weights: avg ← momentum·avg + (1−momentum)·weights after each step.
