@@ -1,0 +1,280 @@
+//! The memory plan: a slot for every value, saved tensor and gradient, shared by those whose lifetimes don't meet.
+//!
+//! Time runs over `2n` ticks for `n` nodes: node `i` runs forward at tick `i` and backward at tick `2n − 1 − i`.
+
+use std::collections::HashMap;
+
+use crate::graph::{Source, StepGraph, ValueId};
+use crate::op::Op;
+
+/// Which walks an executor makes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// Forward only: a value is dropped after its last reader.
+    Forward,
+    /// Forward, then backward: what VJPs read is kept.
+    Train,
+}
+
+/// Index of a buffer that several tensors use in turn.
+pub type Slot = usize;
+
+/// Where everything of a step lives.
+#[derive(Clone, Debug)]
+pub struct MemoryPlan {
+    /// Length of each slot in elements.
+    pub slots: Vec<usize>,
+    /// Slot of each op's value.
+    pub values: HashMap<ValueId, Slot>,
+    /// Slots of the tensors that an op saves.
+    pub saved: HashMap<ValueId, Vec<Slot>>,
+    /// Slot of the gradient of each value that isn't a parameter.
+    pub grads: HashMap<ValueId, Slot>,
+    /// Inputs of an [`Op::Add`] whose gradient takes over the slot of the sum's gradient: (add, argument).
+    pub moved: Vec<(ValueId, usize)>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+enum What {
+    Value(ValueId),
+    Saved(ValueId, usize),
+    Grad(ValueId),
+}
+
+struct Life {
+    what: What,
+    len: usize,
+    from: usize,
+    to: usize,
+}
+
+impl MemoryPlan {
+    /// Plans `graph`. Its outputs (and in [`Mode::Train`] the gradients of its inputs) live to the end.
+    pub fn new(graph: &StepGraph, mode: Mode) -> Self {
+        let n = graph.dag.node_count();
+        let (lives, moved) = lifetimes(graph, mode, n);
+        let mut plan = MemoryPlan {
+            slots: Vec::new(),
+            values: HashMap::new(),
+            saved: HashMap::new(),
+            grads: HashMap::new(),
+            moved: moved.iter().map(|m| (m.add, m.argument)).collect(),
+        };
+        plan.assign(lives);
+        // A moved gradient lives in the slot that it was moved from; the latest addition's comes first.
+        for m in moved.iter().rev() {
+            if let Some(&slot) = plan.grads.get(&m.add) {
+                plan.grads.insert(m.to, slot);
+            }
+        }
+        plan
+    }
+
+    fn assign(&mut self, mut lives: Vec<Life>) {
+        lives.sort_by_key(|l| (l.from, std::cmp::Reverse(l.len), l.what));
+        let mut free: Vec<Slot> = Vec::new();
+        let mut busy: Vec<(usize, Slot)> = Vec::new();
+        for life in lives {
+            busy.retain(|&(to, slot)| {
+                let done = to < life.from;
+                if done {
+                    free.push(slot);
+                }
+                !done
+            });
+            // Best fit; else the largest free slot grows; else a new one.
+            let fits = free.iter().enumerate().filter(|(_, s)| self.slots[**s] >= life.len).min_by_key(|(_, s)| (self.slots[**s], **s));
+            let pick = fits.or_else(|| free.iter().enumerate().max_by_key(|(_, s)| (self.slots[**s], **s))).map(|(i, _)| i);
+            let slot = match pick {
+                Some(i) => free.swap_remove(i),
+                None => {
+                    self.slots.push(0);
+                    self.slots.len() - 1
+                }
+            };
+            self.slots[slot] = self.slots[slot].max(life.len);
+            busy.push((life.to, slot));
+            match life.what {
+                What::Value(v) => drop(self.values.insert(v, slot)),
+                What::Grad(v) => drop(self.grads.insert(v, slot)),
+                What::Saved(v, i) => {
+                    let saved = self.saved.entry(v).or_default();
+                    debug_assert_eq!(saved.len(), i);
+                    saved.push(slot);
+                }
+            }
+        }
+    }
+
+    /// Bytes of all slots: activations, saved tensors and gradients of activations. Parameters, their gradients and
+    /// the optimiser's state come on top.
+    pub fn bytes(&self) -> usize {
+        self.slots.iter().sum::<usize>() * size_of::<f32>()
+    }
+}
+
+struct Move {
+    add: ValueId,
+    argument: usize,
+    to: ValueId,
+}
+
+fn lifetimes(graph: &StepGraph, mode: Mode, n: usize) -> (Vec<Life>, Vec<Move>) {
+    let train = mode == Mode::Train;
+    let end = 2 * n;
+    let back = |i: usize| 2 * n - 1 - i;
+    let mut last_use: Vec<usize> = (0..n).collect();
+    let mut grad_from: Vec<usize> = vec![usize::MAX; n];
+    for (id, node) in graph.nodes() {
+        let Some(op) = node.op() else { continue };
+        let i = id.index();
+        let needs = op.needs();
+        let backward = train && node.requires_grad;
+        for (a, input) in node.inputs.iter().enumerate() {
+            let j = input.index();
+            last_use[j] = last_use[j].max(i);
+            if backward && needs.inputs & (1 << a) != 0 {
+                last_use[j] = last_use[j].max(back(i));
+            }
+            if backward && op.differentiable(a) && graph.dag[*input].requires_grad {
+                grad_from[j] = grad_from[j].min(back(i));
+            }
+        }
+        if backward && needs.output {
+            last_use[i] = last_use[i].max(back(i));
+        }
+    }
+    for (_, t) in &graph.outputs {
+        let i = t.id.index();
+        last_use[i] = end;
+        if train && graph.dag[t.id].requires_grad {
+            // The caller's seed is laid here before the backward walk.
+            grad_from[i] = n;
+        }
+    }
+    let moved = if train { moves(graph, &grad_from, back) } else { Vec::new() };
+    // The gradient that is taken over lives on until its last heir dies.
+    let mut grad_to: Vec<usize> = (0..n).map(back).collect();
+    for (id, node) in graph.nodes() {
+        if matches!(node.source, Source::Input(_)) {
+            grad_to[id.index()] = end;
+        }
+    }
+    // Additions in forward order: an heir that is itself an addition comes before the one it inherits from.
+    for m in &moved {
+        let heir = grad_to[m.to.index()];
+        let add = &mut grad_to[m.add.index()];
+        *add = (*add).max(heir);
+    }
+    let heirs: Vec<ValueId> = moved.iter().map(|m| m.to).collect();
+    let mut lives = Vec::new();
+    for (id, node) in graph.nodes() {
+        let i = id.index();
+        if matches!(node.source, Source::Input(_)) {
+            // Fed before the first tick.
+            lives.push(Life { what: What::Value(id), len: node.numel(), from: 0, to: last_use[i] });
+        }
+        if let Some(op) = node.op() {
+            lives.push(Life { what: What::Value(id), len: node.numel(), from: i, to: last_use[i] });
+            let to = if train && node.requires_grad { back(i) } else { i };
+            for (k, len) in op.saved().into_iter().enumerate() {
+                lives.push(Life { what: What::Saved(id, k), len, from: i, to });
+            }
+        }
+        let is_param = matches!(node.source, Source::Param(_));
+        if train && node.requires_grad && !is_param && grad_from[i] != usize::MAX && !heirs.contains(&id) {
+            lives.push(Life { what: What::Grad(id), len: node.numel(), from: grad_from[i], to: grad_to[i] });
+        }
+    }
+    (lives, moved)
+}
+
+/// Which argument of each addition takes over the sum's gradient: one whose first contribution this is. It spares a
+/// copy per residual connection.
+fn moves(graph: &StepGraph, grad_from: &[usize], back: impl Fn(usize) -> usize) -> Vec<Move> {
+    let mut moved: Vec<Move> = Vec::new();
+    for (id, node) in graph.nodes() {
+        let takes = matches!(node.op(), Some(Op::Add | Op::AddBroadcast)) && node.requires_grad;
+        if !takes || grad_from[id.index()] == usize::MAX {
+            continue;
+        }
+        let arguments = if matches!(node.op(), Some(Op::Add)) { 2 } else { 1 };
+        let heir = (0..arguments).find(|&a| {
+            let input = node.inputs[a];
+            let held = &graph.dag[input];
+            let twice = node.inputs.iter().filter(|i| **i == input).count() > 1;
+            held.requires_grad
+                && !matches!(held.source, Source::Param(_))
+                && !twice
+                && held.numel() == node.numel()
+                && grad_from[input.index()] == back(id.index())
+        });
+        if let Some(argument) = heir {
+            moved.push(Move { add: id, argument, to: node.inputs[argument] });
+        }
+    }
+    moved
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Activation, BatchNormArgs, ConvArgs, GraphBuilder, GraphError, Path};
+
+    /// Residual blocks with norms: the shape of every trunk.
+    fn trunk(train: bool, blocks: usize) -> Result<StepGraph, GraphError> {
+        let mut g = GraphBuilder::new(train);
+        let mut x = g.input("image", &[2, 8, 8, 4]);
+        let root = Path::default();
+        for i in 0..blocks {
+            let p = root.at(i);
+            let y = g.conv2d(&p.at("conv"), &x, ConvArgs::new(4, 3))?;
+            let y = g.batch_norm(&p.at("bn"), &y, BatchNormArgs::new(Activation::Silu))?;
+            x = g.add(&x, &y)?;
+        }
+        g.output("x", &x);
+        Ok(g.finish())
+    }
+
+    #[test]
+    fn tensors_that_live_together_have_their_own_slots() -> Result<(), GraphError> {
+        for (mode, train) in [(Mode::Train, true), (Mode::Forward, true), (Mode::Forward, false)] {
+            let graph = trunk(train, 5)?;
+            let plan = MemoryPlan::new(&graph, mode);
+            let (lives, _) = lifetimes(&graph, mode, graph.dag.node_count());
+            let slot = |what: &What| match *what {
+                What::Value(v) => plan.values[&v],
+                What::Grad(v) => plan.grads[&v],
+                What::Saved(v, i) => plan.saved[&v][i],
+            };
+            for (i, a) in lives.iter().enumerate() {
+                assert!(plan.slots[slot(&a.what)] >= a.len);
+                for b in &lives[..i] {
+                    let apart = a.to < b.from || b.to < a.from;
+                    assert!(apart || slot(&a.what) != slot(&b.what));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn memory_of_a_forward_does_not_grow_with_depth() -> Result<(), GraphError> {
+        let bytes = |mode, train, n| Ok::<_, GraphError>(MemoryPlan::new(&trunk(train, n)?, mode).bytes());
+        assert_eq!(bytes(Mode::Forward, false, 3)?, bytes(Mode::Forward, false, 30)?);
+        assert!(bytes(Mode::Train, true, 30)? > 5 * bytes(Mode::Train, true, 3)?);
+        Ok(())
+    }
+
+    #[test]
+    fn a_residual_takes_over_the_gradient_of_the_sum() -> Result<(), GraphError> {
+        let graph = trunk(true, 3)?;
+        let plan = MemoryPlan::new(&graph, Mode::Train);
+        // The first block's shortcut is the image, which takes no gradient, so its branch inherits.
+        assert_eq!(plan.moved.len(), 3);
+        for (add, argument) in &plan.moved {
+            assert_eq!(plan.grads[add], plan.grads[&graph.dag[*add].inputs[*argument]]);
+        }
+        Ok(())
+    }
+}

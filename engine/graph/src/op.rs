@@ -1,0 +1,335 @@
+//! The ops: what each needs for its VJP, what it saves, what it costs.
+
+use mcpipe_cpu::activation::Activation;
+use mcpipe_cpu::attention::Attention;
+use mcpipe_cpu::conv::Conv2d;
+use mcpipe_cpu::gemm::Gemm;
+use mcpipe_cpu::layout::Patches;
+use mcpipe_cpu::linear::Linear;
+use mcpipe_cpu::loss::Contrastive;
+use mcpipe_cpu::norm::Norm;
+use mcpipe_cpu::pooling::Pool2d;
+
+/// Who runs a node unless `--kernels reference` asks otherwise.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Runner {
+    /// A kernel of ours.
+    Kernel,
+    /// dfdx; its tape gives the VJP inside the node.
+    Dfdx,
+}
+
+/// Spatial dims of an image op: `[batch, h, w, c]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Image {
+    /// Images.
+    pub batch: usize,
+    /// Height.
+    pub h: usize,
+    /// Width.
+    pub w: usize,
+    /// Channels.
+    pub c: usize,
+}
+
+/// A tensor op with its dims. Inputs are listed in argument order.
+#[derive(Clone, Debug)]
+pub enum Op {
+    /// `x [B,H,W,Ci], w [Co,Ci/g,kh,kw], (bias [Co])` → `[B,H',W',Co]`.
+    Conv2d(Conv2d),
+    /// `x [rows,in], w [out,in], (bias [out])` → `[rows,out]`.
+    Linear(Linear),
+    /// `a, b` → `alpha · op(a) · op(b)`.
+    MatMul {
+        /// Dims and transpositions.
+        dims: Gemm,
+        /// Factor.
+        alpha: f32,
+    },
+    /// `x [rows,C], gamma, beta` → `act(batch norm)`, statistics of this batch; saves mean and 1/std.
+    BatchNorm {
+        /// Dims.
+        dims: Norm,
+        /// Activation fused behind the norm.
+        act: Activation,
+        /// Share of the batch in the running statistics.
+        momentum: f32,
+        /// Running mean and variance, updated after a training forward.
+        running: [super::ParamId; 2],
+    },
+    /// `x [rows,C], gamma, beta, running mean, running variance` → `act(batch norm)` with running statistics.
+    BatchNormEval {
+        /// Dims.
+        dims: Norm,
+        /// Activation fused behind the norm.
+        act: Activation,
+    },
+    /// `x [rows,C], gamma, beta`; saves mean and 1/std per row.
+    LayerNorm(Norm),
+    /// Elementwise.
+    Activation(Activation),
+    /// Softmax attention over a packed `qkv [B,N,3,heads,d]` → `[B,N,heads·d]`; saves the probabilities.
+    Attention(Attention),
+    /// The softmax probabilities `[B,heads,N,N]` of the same packed `qkv`, as a value (attention-level distillation).
+    AttentionMap(Attention),
+    /// `a + b`, same size.
+    Add,
+    /// `x [outer, n] + b [n]`.
+    AddBroadcast,
+    /// `a ∘ b`, same size.
+    Mul,
+    /// `s · x`.
+    Scale(f32),
+    /// `e^x`.
+    Exp,
+    /// MobileViT's unfold: `[B,H,W,C]` → `[B·P, N, C]`.
+    Unfold(Patches),
+    /// Inverse of [`Op::Unfold`].
+    Fold(Patches),
+    /// `[B,HW,C]` → `[B,C]`.
+    GlobalAvgPool {
+        /// Images.
+        batch: usize,
+        /// Pixels.
+        hw: usize,
+        /// Channels.
+        c: usize,
+    },
+    /// Average over windows.
+    AvgPool(Pool2d),
+    /// Bilinear resize, half-pixel centres, no antialiasing (torch's `interpolate`, `align_corners=False`).
+    Resize {
+        /// Input dims.
+        from: Image,
+        /// Output height and width.
+        to: [usize; 2],
+    },
+    /// `table [V,width], ids (i32)` → `[len, width]`.
+    Embedding {
+        /// Row width.
+        width: usize,
+    },
+    /// `x [B,N,width], index [B] (i32)` → `[B,width]`.
+    GatherRows {
+        /// Batch.
+        batch: usize,
+        /// Rows per batch entry.
+        tokens: usize,
+        /// Row width.
+        width: usize,
+    },
+    /// `a [rows,ca], b [rows,cb]` → `[rows,ca+cb]`.
+    ConcatLast {
+        /// Rows.
+        rows: usize,
+        /// Width of `a`.
+        ca: usize,
+        /// Width of `b`.
+        cb: usize,
+    },
+    /// `token [width], x [B,N,width]` → `[B,N+1,width]`.
+    PrependToken {
+        /// Batch.
+        batch: usize,
+        /// Rows per batch entry.
+        tokens: usize,
+        /// Row width.
+        width: usize,
+    },
+    /// Rows `start..start+len` of `x [B,N,width]`.
+    SliceRows {
+        /// Batch.
+        batch: usize,
+        /// Rows per batch entry.
+        tokens: usize,
+        /// Row width.
+        width: usize,
+        /// First row kept.
+        start: usize,
+        /// Rows kept.
+        len: usize,
+    },
+    /// Axes reordered.
+    Permute {
+        /// Input shape.
+        shape: Vec<usize>,
+        /// Output axis i is input axis `axes[i]`.
+        axes: Vec<usize>,
+    },
+    /// Rows scaled to unit L2 norm; saves the norms.
+    L2Normalize {
+        /// Rows.
+        rows: usize,
+        /// Width.
+        c: usize,
+    },
+    /// Softmax over rows of `x / temperature`.
+    Softmax {
+        /// Rows.
+        rows: usize,
+        /// Width.
+        c: usize,
+        /// Divisor of the logits.
+        temperature: f32,
+    },
+    /// `a [B,D], b [B',D], scale [1], p_row [B,B'], p_col [B',B]` → scalar contrastive cross-entropy or KL.
+    Contrastive(Contrastive),
+    /// Mean squared error of `a, b` → scalar.
+    Mse,
+    /// Mean over rows of `1 − cos(a_i, b_i)` → scalar.
+    Cosine {
+        /// Rows.
+        rows: usize,
+        /// Width.
+        c: usize,
+    },
+    /// `p (target), q`, rows of probabilities → mean over rows of `KL(p ‖ q)`.
+    KlRows {
+        /// Rows.
+        rows: usize,
+        /// Width.
+        c: usize,
+    },
+    /// Attention-transfer map `[B,HW,C]` → `[B,HW]`: mean over channels of x², L2-normalised per image.
+    AttentionTransferMap {
+        /// Images.
+        batch: usize,
+        /// Pixels.
+        hw: usize,
+        /// Channels.
+        c: usize,
+    },
+}
+
+/// What a VJP reads besides the gradient and the saved tensors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Needs {
+    /// Bit i: input i's value.
+    pub inputs: u32,
+    /// The node's own value.
+    pub output: bool,
+}
+
+const ALL: u32 = u32::MAX;
+
+impl Op {
+    /// Name for messages, plans and drawings.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Op::Conv2d(d) if d.groups > 1 && d.groups == d.c_in => "depthwise_conv2d",
+            Op::Conv2d(_) => "conv2d",
+            Op::Linear(_) => "linear",
+            Op::MatMul { .. } => "matmul",
+            Op::BatchNorm { .. } | Op::BatchNormEval { .. } => "batch_norm",
+            Op::LayerNorm(_) => "layer_norm",
+            Op::Activation(_) => "activation",
+            Op::Attention(_) => "attention",
+            Op::AttentionMap(_) => "attention_map",
+            Op::Add => "add",
+            Op::AddBroadcast => "add_broadcast",
+            Op::Mul => "mul",
+            Op::Scale(_) => "scale",
+            Op::Exp => "exp",
+            Op::Unfold(_) => "unfold_patches",
+            Op::Fold(_) => "fold_patches",
+            Op::GlobalAvgPool { .. } => "global_avg_pool",
+            Op::AvgPool(_) => "avg_pool",
+            Op::Resize { .. } => "resize_bilinear",
+            Op::Embedding { .. } => "embedding",
+            Op::GatherRows { .. } => "gather_rows",
+            Op::ConcatLast { .. } => "concat",
+            Op::PrependToken { .. } => "prepend_token",
+            Op::SliceRows { .. } => "slice_rows",
+            Op::Permute { .. } => "permute",
+            Op::L2Normalize { .. } => "l2_normalize",
+            Op::Softmax { .. } => "softmax",
+            Op::Contrastive(_) => "contrastive",
+            Op::Mse => "mse",
+            Op::Cosine { .. } => "cosine",
+            Op::KlRows { .. } => "kl",
+            Op::AttentionTransferMap { .. } => "attention_transfer_map",
+        }
+    }
+
+    /// What the VJP reads.
+    pub fn needs(&self) -> Needs {
+        let (inputs, output) = match self {
+            Op::Conv2d(_) | Op::Linear(_) | Op::Embedding { .. } => (0b11, false),
+            Op::BatchNorm { .. } | Op::LayerNorm(_) => (0b111, false),
+            Op::BatchNormEval { .. } => (0b11111, false),
+            Op::MatMul { .. } | Op::Mul | Op::Mse | Op::Cosine { .. } | Op::KlRows { .. } | Op::Contrastive(_) => (ALL, false),
+            Op::Activation(_) | Op::Attention(_) | Op::AttentionTransferMap { .. } => (0b1, false),
+            Op::GatherRows { .. } => (0b10, false),
+            Op::AttentionMap(_) => (0b1, true),
+            Op::L2Normalize { .. } | Op::Softmax { .. } | Op::Exp => (0, true),
+            Op::Add
+            | Op::AddBroadcast
+            | Op::Scale(_)
+            | Op::Unfold(_)
+            | Op::Fold(_)
+            | Op::GlobalAvgPool { .. }
+            | Op::AvgPool(_)
+            | Op::Resize { .. }
+            | Op::ConcatLast { .. }
+            | Op::PrependToken { .. }
+            | Op::SliceRows { .. }
+            | Op::Permute { .. } => (0, false),
+        };
+        Needs { inputs, output }
+    }
+
+    /// Lengths of the tensors that the forward saves for the VJP.
+    pub fn saved(&self) -> Vec<usize> {
+        match self {
+            Op::BatchNorm { dims, .. } => vec![dims.c, dims.c],
+            Op::LayerNorm(dims) => vec![dims.rows, dims.rows],
+            Op::Attention(d) => vec![d.batch * d.heads * d.tokens * d.tokens],
+            Op::L2Normalize { rows, .. } => vec![*rows],
+            _ => Vec::new(),
+        }
+    }
+
+    /// Whether a gradient flows to input `i`.
+    pub fn differentiable(&self, i: usize) -> bool {
+        match self {
+            Op::BatchNormEval { .. } => i < 3,
+            Op::Embedding { .. } => i == 0,
+            Op::GatherRows { .. } => i == 0,
+            Op::Contrastive(_) => i < 3,
+            Op::KlRows { .. } => i == 1,
+            _ => true,
+        }
+    }
+
+    /// Floating-point operations of the forward (a multiply-add counts two) for an output of `numel` elements.
+    /// Layout changes count nothing; transcendental functions count one.
+    pub fn flops(&self, numel: usize) -> u64 {
+        let n = numel as u64;
+        match self {
+            Op::Conv2d(d) => d.flops(),
+            Op::Linear(d) => 2 * (d.rows * d.c_in * d.c_out) as u64,
+            Op::MatMul { dims: d, .. } => 2 * (d.m * d.n * d.k) as u64,
+            Op::BatchNorm { .. } | Op::LayerNorm(_) => 8 * n,
+            Op::BatchNormEval { .. } => 3 * n,
+            Op::Attention(d) => 4 * (d.batch * d.heads * d.tokens * d.tokens * d.head_dim) as u64,
+            Op::AttentionMap(d) => 2 * (d.batch * d.heads * d.tokens * d.tokens * d.head_dim) as u64,
+            Op::Contrastive(d) => 2 * (d.rows * d.cols * d.dim) as u64,
+            Op::GlobalAvgPool { hw, .. } => n * *hw as u64,
+            Op::AvgPool(d) => n * (d.k * d.k) as u64,
+            Op::Resize { .. } => 7 * n,
+            Op::AttentionTransferMap { c, .. } => 2 * n * *c as u64,
+            Op::Cosine { rows, c } | Op::KlRows { rows, c } => 4 * (rows * c) as u64,
+            Op::L2Normalize { .. } | Op::Softmax { .. } => 4 * n,
+            Op::Add | Op::AddBroadcast | Op::Mul | Op::Scale(_) | Op::Exp | Op::Activation(_) => n,
+            Op::Mse
+            | Op::Unfold(_)
+            | Op::Fold(_)
+            | Op::Embedding { .. }
+            | Op::GatherRows { .. }
+            | Op::ConcatLast { .. }
+            | Op::PrependToken { .. }
+            | Op::SliceRows { .. }
+            | Op::Permute { .. } => 0,
+        }
+    }
+}
