@@ -50,15 +50,42 @@ impl Activation {
 macro_rules! with_act {
     ($a:expr, $act:ident => $body:expr) => {
         match $a {
-            $crate::activation::Activation::Identity => { type $act = $crate::vmath::Identity; $body }
-            $crate::activation::Activation::Relu => { type $act = $crate::vmath::Relu; $body }
-            $crate::activation::Activation::Silu => { type $act = $crate::vmath::Silu; $body }
-            $crate::activation::Activation::Gelu => { type $act = $crate::vmath::Gelu; $body }
-            $crate::activation::Activation::QuickGelu => { type $act = $crate::vmath::QuickGelu; $body }
-            $crate::activation::Activation::HardSwish => { type $act = $crate::vmath::HardSwish; $body }
-            $crate::activation::Activation::HardSigmoid => { type $act = $crate::vmath::HardSigmoid; $body }
-            $crate::activation::Activation::Sigmoid => { type $act = $crate::vmath::Sigmoid; $body }
-            $crate::activation::Activation::Tanh => { type $act = $crate::vmath::Tanh; $body }
+            $crate::activation::Activation::Identity => {
+                type $act = $crate::vmath::Identity;
+                $body
+            }
+            $crate::activation::Activation::Relu => {
+                type $act = $crate::vmath::Relu;
+                $body
+            }
+            $crate::activation::Activation::Silu => {
+                type $act = $crate::vmath::Silu;
+                $body
+            }
+            $crate::activation::Activation::Gelu => {
+                type $act = $crate::vmath::Gelu;
+                $body
+            }
+            $crate::activation::Activation::QuickGelu => {
+                type $act = $crate::vmath::QuickGelu;
+                $body
+            }
+            $crate::activation::Activation::HardSwish => {
+                type $act = $crate::vmath::HardSwish;
+                $body
+            }
+            $crate::activation::Activation::HardSigmoid => {
+                type $act = $crate::vmath::HardSigmoid;
+                $body
+            }
+            $crate::activation::Activation::Sigmoid => {
+                type $act = $crate::vmath::Sigmoid;
+                $body
+            }
+            $crate::activation::Activation::Tanh => {
+                type $act = $crate::vmath::Tanh;
+                $body
+            }
         }
     };
 }

@@ -1,14 +1,31 @@
 //! mcpipe's CPU kernels and the bridge to dfdx: forward and VJP of each op on plain slices
 
+pub mod activation;
+pub mod attention;
+pub mod elementwise;
+pub mod embedding;
+pub mod conv;
+mod depthwise;
 pub mod gemm;
+pub mod layout;
 pub mod linear;
+pub mod loss;
+pub mod norm;
+pub mod optim;
 mod parallel;
+pub mod pooling;
 mod reduce;
+pub mod resize;
+pub mod reference;
 pub mod simd;
+mod small_gemm;
+pub mod softmax;
 #[cfg(test)]
 mod testing;
+mod vmath;
 pub mod workspace;
 
+pub use conv::{Conv2d, conv2d_backward_data, conv2d_backward_weights, conv2d_forward};
 pub use gemm::{Gemm, Mat, batched_gemm, gemm, gemm_serial};
 pub use linear::{Linear, linear_backward_data, linear_backward_weights, linear_forward};
 pub use simd::Level;

@@ -479,8 +479,10 @@ fn layer_backward_impl<S: Simd>(
         while i < c {
             let normal = s.fma(s.load_partial(&row[i..]), rstds, center);
             let up = s.load_partial(&dy_row[i..]);
-            s.store_partial(&mut dgamma[i..], s.fma(up, normal, s.load_partial(&dgamma[i..])));
-            s.store_partial(&mut dbeta[i..], s.add(up, s.load_partial(&dbeta[i..])));
+            let for_gamma = s.fma(up, normal, s.load_partial(&dgamma[i..]));
+            s.store_partial(&mut dgamma[i..], for_gamma);
+            let for_beta = s.add(up, s.load_partial(&dbeta[i..]));
+            s.store_partial(&mut dbeta[i..], for_beta);
             // Lanes past the end hold γ = 0 and dy = 0, so they add nothing.
             let g = s.mul(up, s.load_partial(&gamma[i..]));
             sum_g = s.add(sum_g, g);

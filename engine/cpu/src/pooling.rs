@@ -27,14 +27,7 @@ pub fn global_avg_pool_forward(batch: usize, hw: usize, c: usize, x: &[f32], y: 
 }
 
 /// VJP of [`global_avg_pool_forward`]: dx[b, :, c] = dy[b, c] / HW.
-pub fn global_avg_pool_backward(
-    batch: usize,
-    hw: usize,
-    c: usize,
-    dy: &[f32],
-    dx: &mut [f32],
-    accumulate: bool,
-) {
+pub fn global_avg_pool_backward(batch: usize, hw: usize, c: usize, dy: &[f32], dx: &mut [f32], accumulate: bool) {
     assert_eq!(dx.len(), batch * hw * c, "dx is [B, HW, C]");
     assert_eq!(dy.len(), batch * c, "dy is [B, C]");
     if dx.is_empty() {
@@ -94,8 +87,17 @@ impl Pool2d {
     }
 
     fn check(&self, x: usize, y: usize) {
-        assert!(self.k > 0 && self.stride > 0 && self.pad < self.k, "window k {} stride {} pad {}", self.k, self.stride, self.pad);
-        assert!(self.h + 2 * self.pad >= self.k && self.w + 2 * self.pad >= self.k, "window larger than the padded image");
+        assert!(
+            self.k > 0 && self.stride > 0 && self.pad < self.k,
+            "window k {} stride {} pad {}",
+            self.k,
+            self.stride,
+            self.pad
+        );
+        assert!(
+            self.h + 2 * self.pad >= self.k && self.w + 2 * self.pad >= self.k,
+            "window larger than the padded image"
+        );
         assert_eq!(x, self.batch * self.h * self.w * self.c, "x is [B, H, W, C]");
         assert_eq!(y, self.batch * self.out_h() * self.out_w() * self.c, "y is [B, OH, OW, C]");
     }

@@ -38,15 +38,9 @@ pub(crate) fn tanh<S: Simd>(s: S, x: S::V) -> S::V {
     // Taylor series to x^15, good to 1e-8 relative on |x| <= 0.4.
     let x2 = s.mul(x, x);
     let mut p = s.splat(-929_569.0 / 638_512_875.0);
-    for coefficient in [
-        21_844.0 / 6_081_075.0,
-        -1_382.0 / 155_925.0,
-        62.0 / 2_835.0,
-        -17.0 / 315.0,
-        2.0 / 15.0,
-        -1.0 / 3.0,
-        1.0,
-    ] {
+    for coefficient in
+        [21_844.0 / 6_081_075.0, -1_382.0 / 155_925.0, 62.0 / 2_835.0, -17.0 / 315.0, 2.0 / 15.0, -1.0 / 3.0, 1.0]
+    {
         p = s.fma(p, x2, s.splat(coefficient));
     }
     s.select_gt(magnitude, s.splat(0.4), large, s.mul(x, p))
