@@ -177,8 +177,7 @@ impl GraphBuilder {
     }
 
     fn op(&mut self, op: Op, inputs: &[&Tensor], shape: Vec<usize>) -> Tensor {
-        let requires =
-            inputs.iter().enumerate().any(|(i, t)| op.differentiable(i) && self.dag[t.id].requires_grad);
+        let requires = inputs.iter().enumerate().any(|(i, t)| op.differentiable(i) && self.dag[t.id].requires_grad);
         self.push(Source::Op(op), inputs, shape, requires && self.train)
     }
 
@@ -313,7 +312,14 @@ impl GraphBuilder {
     ///
     /// # Errors
     /// A parameter of that path with another shape.
-    pub fn linear(&mut self, path: &Path, x: &Tensor, out: usize, bias: bool, init: Init) -> Result<Tensor, GraphError> {
+    pub fn linear(
+        &mut self,
+        path: &Path,
+        x: &Tensor,
+        out: usize,
+        bias: bool,
+        init: Init,
+    ) -> Result<Tensor, GraphError> {
         let (_, c_in) = Self::rows(x);
         let w = self.param(&path.at("weight"), &[out, c_in], init)?;
         let b = if bias { Some(self.param(&path.at("bias"), &[out], Init::Zeros)?) } else { None };
@@ -345,7 +351,14 @@ impl GraphBuilder {
     ///
     /// # Errors
     /// Not matrices, or inner dims that differ.
-    pub fn matmul(&mut self, a: &Tensor, trans_a: bool, b: &Tensor, trans_b: bool, alpha: f32) -> Result<Tensor, GraphError> {
+    pub fn matmul(
+        &mut self,
+        a: &Tensor,
+        trans_a: bool,
+        b: &Tensor,
+        trans_b: bool,
+        alpha: f32,
+    ) -> Result<Tensor, GraphError> {
         let ([ar, ac], [br, bc]) = (self.matrix("matmul", a)?, self.matrix("matmul", b)?);
         let (m, k) = if trans_a { (ac, ar) } else { (ar, ac) };
         let (k2, n) = if trans_b { (bc, br) } else { (br, bc) };
@@ -409,7 +422,11 @@ impl GraphBuilder {
             [batch, tokens, width] if heads > 0 && width % (3 * heads) == 0 => {
                 Ok(Attention { batch, tokens, heads, head_dim: width / (3 * heads), causal })
             }
-            _ => Err(self.refuse("attention", &[qkv], format!("[batch, tokens, 3·width] with width divisible by {heads} heads is needed"))),
+            _ => Err(self.refuse(
+                "attention",
+                &[qkv],
+                format!("[batch, tokens, 3·width] with width divisible by {heads} heads is needed"),
+            )),
         }
     }
 
@@ -501,7 +518,11 @@ impl GraphBuilder {
         let (_, c) = Self::rows(x);
         let pixels = x.numel() / c.max(1);
         if patch.contains(&0) || h * w == 0 || !pixels.is_multiple_of(h * w) || h % patch[0] != 0 || w % patch[1] != 0 {
-            return Err(self.refuse("fold_patches", &[x], format!("it is no image of {h}x{w} in patches of {patch:?}")));
+            return Err(self.refuse(
+                "fold_patches",
+                &[x],
+                format!("it is no image of {h}x{w} in patches of {patch:?}"),
+            ));
         }
         let i = Image { batch: pixels / (h * w), h, w, c };
         Ok(self.op(Op::Fold(self.patches(i, patch)), &[x], vec![i.batch, h, w, c]))
@@ -646,7 +667,14 @@ impl GraphBuilder {
     ///
     /// # Errors
     /// Sizes that don't fit together.
-    pub fn contrastive(&mut self, d: Contrastive, a: &Tensor, b: &Tensor, scale: &Tensor, targets: [&Tensor; 2]) -> Result<Tensor, GraphError> {
+    pub fn contrastive(
+        &mut self,
+        d: Contrastive,
+        a: &Tensor,
+        b: &Tensor,
+        scale: &Tensor,
+        targets: [&Tensor; 2],
+    ) -> Result<Tensor, GraphError> {
         let [p_row, p_col] = targets;
         let fits = a.shape == [d.rows, d.dim]
             && b.shape == [d.cols, d.dim]

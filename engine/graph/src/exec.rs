@@ -72,14 +72,23 @@ impl<B: Backend> Executor<B> {
     ///
     /// # Errors
     /// A parameter that `store` lacks or holds with another shape.
-    pub fn new(graph: Arc<StepGraph>, store: &ParamStore<B::Buffer>, mode: Mode, mut backend: B) -> Result<Self, GraphError> {
+    pub fn new(
+        graph: Arc<StepGraph>,
+        store: &ParamStore<B::Buffer>,
+        mode: Mode,
+        mut backend: B,
+    ) -> Result<Self, GraphError> {
         let plan = MemoryPlan::new(&graph, mode);
         let mut bound = Vec::with_capacity(graph.params.len());
         for spec in &graph.params {
             let index = store.index(&spec.name).ok_or_else(|| GraphError::NoParam(spec.name.clone()))?;
             let held = &store.params()[index].shape;
             if *held != spec.shape {
-                return Err(GraphError::ParamShape { name: spec.name.clone(), held: held.clone(), wanted: spec.shape.clone() });
+                return Err(GraphError::ParamShape {
+                    name: spec.name.clone(),
+                    held: held.clone(),
+                    wanted: spec.shape.clone(),
+                });
             }
             bound.push(index);
         }
@@ -324,7 +333,9 @@ impl<B: Backend> Executor<B> {
             let ins = Self::args(graph, &self.plan, &self.slots, &self.ints, &self.bound, store, node);
             let mut outs: Vec<Option<GradOut<'_, B>>> = buffers
                 .iter_mut()
-                .map(|b| b.as_mut().map(|(buffer, len, accumulate)| GradOut { buffer, len: *len, accumulate: *accumulate }))
+                .map(|b| {
+                    b.as_mut().map(|(buffer, len, accumulate)| GradOut { buffer, len: *len, accumulate: *accumulate })
+                })
                 .collect();
             let out = op.needs().output.then(|| &self.slots[self.plan.values[&id]]);
             let io = Vjp { ins: &ins, out, saved: &saved, dout: &dout, grads: &mut outs };

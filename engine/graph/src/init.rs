@@ -42,7 +42,8 @@ struct Draws {
 impl Draws {
     fn new(seed: u64, name: &str) -> Self {
         // FNV-1a keeps different names apart; `mix` spreads the result.
-        let hash = name.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
+        let hash =
+            name.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
         Draws { key: mix(hash ^ mix(seed.wrapping_add(0x9e37_79b9_7f4a_7c15))), counter: 0 }
     }
 

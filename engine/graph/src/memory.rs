@@ -83,8 +83,13 @@ impl MemoryPlan {
                 !done
             });
             // Best fit; else the largest free slot grows; else a new one.
-            let fits = free.iter().enumerate().filter(|(_, s)| self.slots[**s] >= life.len).min_by_key(|(_, s)| (self.slots[**s], **s));
-            let pick = fits.or_else(|| free.iter().enumerate().max_by_key(|(_, s)| (self.slots[**s], **s))).map(|(i, _)| i);
+            let fits = free
+                .iter()
+                .enumerate()
+                .filter(|(_, s)| self.slots[**s] >= life.len)
+                .min_by_key(|(_, s)| (self.slots[**s], **s));
+            let pick =
+                fits.or_else(|| free.iter().enumerate().max_by_key(|(_, s)| (self.slots[**s], **s))).map(|(i, _)| i);
             let slot = match pick {
                 Some(i) => free.swap_remove(i),
                 None => {

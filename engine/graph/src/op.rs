@@ -257,7 +257,9 @@ impl Op {
             Op::Conv2d(_) | Op::Linear(_) | Op::Embedding { .. } => (0b11, false),
             Op::BatchNorm { .. } | Op::LayerNorm(_) => (0b111, false),
             Op::BatchNormEval { .. } => (0b11111, false),
-            Op::MatMul { .. } | Op::Mul | Op::Mse | Op::Cosine { .. } | Op::KlRows { .. } | Op::Contrastive(_) => (ALL, false),
+            Op::MatMul { .. } | Op::Mul | Op::Mse | Op::Cosine { .. } | Op::KlRows { .. } | Op::Contrastive(_) => {
+                (ALL, false)
+            }
             Op::Activation(_) | Op::Attention(_) | Op::AttentionTransferMap { .. } => (0b1, false),
             Op::GatherRows { .. } => (0b10, false),
             Op::AttentionMap(_) => (0b1, true),

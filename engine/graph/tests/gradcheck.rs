@@ -33,7 +33,9 @@ const CASES: &[Case] = &[
     case("conv3x3_stride2", &[&[2, 7, 6, 3]], |g, x| g.conv2d(&p("c"), &x[0], ConvArgs::new(4, 3).stride(2))),
     case("conv1x1", &[&[2, 3, 4, 5]], |g, x| g.conv2d(&p("c"), &x[0], ConvArgs::new(3, 1))),
     case("depthwise3x3", &[&[2, 5, 5, 4]], |g, x| g.conv2d(&p("c"), &x[0], ConvArgs::new(4, 3).groups(4))),
-    case("depthwise3x3_stride2", &[&[2, 6, 5, 4]], |g, x| g.conv2d(&p("c"), &x[0], ConvArgs::new(4, 3).groups(4).stride(2))),
+    case("depthwise3x3_stride2", &[&[2, 6, 5, 4]], |g, x| {
+        g.conv2d(&p("c"), &x[0], ConvArgs::new(4, 3).groups(4).stride(2))
+    }),
     case("patch_embedding", &[&[2, 6, 6, 3]], |g, x| {
         g.conv2d(&p("c"), &x[0], ConvArgs { stride: 3, pad: 0, ..ConvArgs::new(5, 3) })
     }),
@@ -43,7 +45,9 @@ const CASES: &[Case] = &[
     case("matmul_tn", &[&[5, 3], &[5, 4]], |g, x| g.matmul(&x[0], true, &x[1], false, 2.0)),
     case("matmul_nt", &[&[3, 5], &[4, 5]], |g, x| g.matmul(&x[0], false, &x[1], true, 1.0)),
     case("matmul_tt", &[&[5, 3], &[4, 5]], |g, x| g.matmul(&x[0], true, &x[1], true, 1.0)),
-    case("batch_norm_silu", &[&[2, 3, 3, 5]], |g, x| g.batch_norm(&p("n"), &x[0], BatchNormArgs::new(Activation::Silu))),
+    case("batch_norm_silu", &[&[2, 3, 3, 5]], |g, x| {
+        g.batch_norm(&p("n"), &x[0], BatchNormArgs::new(Activation::Silu))
+    }),
     case("batch_norm", &[&[12, 5]], |g, x| g.batch_norm(&p("n"), &x[0], BatchNormArgs::new(Activation::Identity))),
     case("layer_norm", &[&[4, 7]], |g, x| g.layer_norm(&p("n"), &x[0], 1e-5)),
     case("silu", &[&[4, 7]], |g, x| Ok(g.activation(&x[0], Activation::Silu))),
@@ -197,11 +201,19 @@ fn gradients_match_finite_differences() {
             let mut numeric = vec![0.0; grad.len()];
             for (i, slope) in numeric.iter_mut().enumerate() {
                 let mut at = |delta: f32| {
-                    let v = if k < inputs { &mut built.values[k][i] } else { &mut built.store.params_mut()[k - inputs].data[i] };
+                    let v = if k < inputs {
+                        &mut built.values[k][i]
+                    } else {
+                        &mut built.store.params_mut()[k - inputs].data[i]
+                    };
                     let held = *v;
                     *v += delta;
                     let value = objective(&built, &mut executor);
-                    let v = if k < inputs { &mut built.values[k][i] } else { &mut built.store.params_mut()[k - inputs].data[i] };
+                    let v = if k < inputs {
+                        &mut built.values[k][i]
+                    } else {
+                        &mut built.store.params_mut()[k - inputs].data[i]
+                    };
                     *v = held;
                     value
                 };

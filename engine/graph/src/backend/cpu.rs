@@ -4,8 +4,10 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 
 use mcpipe_cpu::norm::{self, Norm};
-use mcpipe_cpu::{Workspace, activation, attention, conv, elementwise, embedding, gemm, layout, linear, loss, pooling};
-use mcpipe_cpu::{resize, softmax};
+use mcpipe_cpu::{
+    Workspace, activation, attention, conv, elementwise, embedding, gemm, layout, linear, loss, pooling, resize,
+    softmax,
+};
 
 use super::reference::{self, Pullback};
 use super::{Arg, Backend, BackendError, Forward, GradOut, Kernels, Vjp};
@@ -13,12 +15,18 @@ use crate::graph::{Node, ValueId};
 use crate::op::{Op, Runner};
 
 /// Runs nodes on the host.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct Cpu {
     kernels: Kernels,
     ws: Workspace,
     /// What dfdx's tapes left for the backward walk.
     tapes: HashMap<ValueId, Pullback>,
+}
+
+impl std::fmt::Debug for Cpu {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Cpu").field("kernels", &self.kernels).field("tapes", &self.tapes.len()).finish_non_exhaustive()
+    }
 }
 
 impl Cpu {
@@ -64,6 +72,15 @@ impl Targets<'_, '_> {
     /// Takes argument `i`'s target out, so that several can be held at once.
     fn take(&mut self, i: usize) -> Vec<f32> {
         self.0.get_mut(i).and_then(Option::as_mut).map(|g| std::mem::take(g.buffer)).unwrap_or_default()
+    }
+
+    /// As [`take`](Self::take), made `len` long where nobody wants the gradient.
+    fn take_at_least(&mut self, i: usize, len: usize) -> Vec<f32> {
+        let mut buffer = self.take(i);
+        if buffer.len() < len {
+            buffer.resize(len, 0.0);
+        }
+        buffer
     }
 
     fn put(&mut self, i: usize, buffer: Vec<f32>) {
@@ -220,40 +237,51 @@ impl Backend for Cpu {
                 if let Some((dx, add)) = g.get(0) {
                     conv::conv2d_backward_data(d, x(1), dy, dx, add, ws);
                 }
-                let (mut dw, mut db) = (g.take(1), g.take(2));
-                let bias = g.wants(2).then_some(&mut db[..]);
-                if g.wants(1) {
-                    conv::conv2d_backward_weights(d, x(0), dy, &mut dw, bias, ws);
-                }
-                g.put(1, dw);
-                g.put(2, db);
+                weights_vjp(&mut g, |dw, db| conv::conv2d_backward_weights(d, x(0), dy, dw, db, ws));
             }
             Op::Linear(d) => {
                 if let Some((dx, add)) = g.get(0) {
                     linear::linear_backward_data(d, x(1), dy, dx, add, ws);
                 }
-                // The weight may be a value (a weight given as a tensor), so both slice and flag matter.
-                let (n, add) = (g.len(1), g.accumulate(1));
-                let (mut dw, mut db) = (g.take(1), g.take(2));
-                if g.wants(1) {
-                    if !add {
-                        dw[..n].fill(0.0);
-                    }
-                    let bias = g.wants(2).then_some(&mut db[..]);
-                    linear::linear_backward_weights(d, x(0), dy, &mut dw[..n], bias, ws);
-                }
-                g.put(1, dw);
-                g.put(2, db);
+                weights_vjp(&mut g, |dw, db| linear::linear_backward_weights(d, x(0), dy, dw, db, ws));
             }
             Op::MatMul { dims: d, alpha } => matmul_vjp(d, *alpha, x(0), x(1), dy, &mut g, ws),
             Op::BatchNorm { dims, act, .. } => {
                 let (mean, rstd) = (&saved[0][..dims.c], &saved[1][..dims.c]);
                 norm_vjp(&mut g, dims, |dx, add, dgamma, dbeta| {
-                    norm::batch_norm_train_backward(dims, *act, x(0), x(1), x(2), mean, rstd, dy, dx, add, dgamma, dbeta, ws);
+                    norm::batch_norm_train_backward(
+                        dims,
+                        *act,
+                        x(0),
+                        x(1),
+                        x(2),
+                        mean,
+                        rstd,
+                        dy,
+                        dx,
+                        add,
+                        dgamma,
+                        dbeta,
+                        ws,
+                    );
                 });
             }
             Op::BatchNormEval { dims, act } => norm_vjp(&mut g, dims, |dx, add, dgamma, dbeta| {
-                norm::batch_norm_eval_backward(dims, *act, x(0), x(1), x(2), x(3), x(4), dy, dx, add, dgamma, dbeta, ws);
+                norm::batch_norm_eval_backward(
+                    dims,
+                    *act,
+                    x(0),
+                    x(1),
+                    x(2),
+                    x(3),
+                    x(4),
+                    dy,
+                    dx,
+                    add,
+                    dgamma,
+                    dbeta,
+                    ws,
+                );
             }),
             Op::LayerNorm(d) => {
                 let (mean, rstd) = (&saved[0][..d.rows], &saved[1][..d.rows]);
@@ -267,17 +295,10 @@ impl Backend for Cpu {
     }
 
     fn running_statistics(&mut self, dims: &Norm, momentum: f32, batch: [&Vec<f32>; 2], running: [&mut Vec<f32>; 2]) {
-        let n = dims.rows as f32;
-        let unbias = if dims.rows > 1 { n / (n - 1.0) } else { 1.0 };
         let [mean, rstd] = batch;
         let [running_mean, running_var] = running;
-        for (r, m) in running_mean.iter_mut().zip(&mean[..dims.c]) {
-            *r += momentum * (m - *r);
-        }
-        for (r, s) in running_var.iter_mut().zip(&rstd[..dims.c]) {
-            let variance = (1.0 / (s * s) - dims.eps).max(0.0);
-            *r += momentum * (variance * unbias - *r);
-        }
+        let c = dims.c;
+        norm::batch_norm_update_running(dims, momentum, &mean[..c], &rstd[..c], running_mean, running_var);
     }
 }
 
@@ -328,11 +349,10 @@ fn vjp_simple<'a>(
             return;
         }
         Op::ConcatLast { rows, ca, cb } => {
-            if let Some((d, add)) = g.get(0) {
-                layout::concat_last_backward(*rows, *ca, *cb, 0, dy, d, add);
-            }
-            if let Some((d, add)) = g.get(1) {
-                layout::concat_last_backward(*rows, *ca, *cb, 1, dy, d, add);
+            for i in 0..2 {
+                if let Some((d, add)) = g.get(i) {
+                    layout::concat_last_backward(*rows, *ca, *cb, i, dy, d, add);
+                }
             }
             return;
         }
@@ -437,7 +457,15 @@ fn loss_vjp<'a>(op: &Op, x: impl Fn(usize) -> &'a [f32], dl: f32, g: &mut Target
     }
 }
 
-fn matmul_vjp(d: &gemm::Gemm, alpha: f32, a: &[f32], b: &[f32], dy: &[f32], g: &mut Targets<'_, '_>, ws: &mut Workspace) {
+fn matmul_vjp(
+    d: &gemm::Gemm,
+    alpha: f32,
+    a: &[f32],
+    b: &[f32],
+    dy: &[f32],
+    g: &mut Targets<'_, '_>,
+    ws: &mut Workspace,
+) {
     let beta = |add: bool| if add { 1.0 } else { 0.0 };
     if let Some((da, add)) = g.get(0) {
         // C = op(A)·op(B): dop(A) = dC·op(B)ᵀ, transposed where A was.
@@ -460,18 +488,29 @@ fn matmul_vjp(d: &gemm::Gemm, alpha: f32, a: &[f32], b: &[f32], dy: &[f32], g: &
     }
 }
 
+/// Runs the VJP of a layer's weight and bias, which adds to both. They may be values, to be overwritten at first.
+fn weights_vjp(g: &mut Targets<'_, '_>, run: impl FnOnce(&mut [f32], Option<&mut [f32]>)) {
+    if !g.wants(1) {
+        return;
+    }
+    for i in [1, 2] {
+        if let Some((grad, false)) = g.get(i) {
+            grad.fill(0.0);
+        }
+    }
+    let (n, bias) = (g.len(1), g.wants(2).then(|| g.len(2)));
+    let (mut dw, mut db) = (g.take(1), g.take(2));
+    run(&mut dw[..n], bias.map(|m| &mut db[..m]));
+    g.put(1, dw);
+    g.put(2, db);
+}
+
 /// Runs a norm's VJP, whose three gradients come from one pass; targets that nobody wants go to scratch.
 fn norm_vjp(g: &mut Targets<'_, '_>, d: &Norm, run: impl FnOnce(&mut [f32], bool, &mut [f32], &mut [f32])) {
     let (len, add) = (d.rows * d.c, g.accumulate(0));
-    let mut held = [g.take(0), g.take(1), g.take(2)];
-    for (i, n) in [len, d.c, d.c].into_iter().enumerate() {
-        if held[i].len() < n {
-            held[i].resize(n, 0.0);
-        }
-    }
-    let [dx, dgamma, dbeta] = &mut held;
+    let mut dx = g.take_at_least(0, len);
+    let [mut dgamma, mut dbeta] = [g.take_at_least(1, d.c), g.take_at_least(2, d.c)];
     run(&mut dx[..len], add, &mut dgamma[..d.c], &mut dbeta[..d.c]);
-    let [dx, dgamma, dbeta] = held;
     g.put(0, dx);
     g.put(1, dgamma);
     g.put(2, dbeta);
