@@ -106,9 +106,7 @@ pub fn params_schema<T: JsonSchema>(generator: &mut SchemaGenerator) -> Schema {
 }
 
 /// The parameter type of a component that has none.
-#[derive(
-    Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize, JsonSchema,
-)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct NoParams {}
 
@@ -121,9 +119,7 @@ pub struct Components {
 impl Components {
     /// The components of these registries, in the order given.
     pub fn new(components: impl IntoIterator<Item = Component>) -> Self {
-        Self {
-            list: components.into_iter().collect(),
-        }
+        Self { list: components.into_iter().collect() }
     }
 
     /// Adds the components of another registry.
@@ -138,9 +134,7 @@ impl Components {
 
     /// The components of one kind.
     pub fn of(&self, kind: ComponentKind) -> impl Iterator<Item = &Component> {
-        self.list
-            .iter()
-            .filter(move |component| component.kind == kind)
+        self.list.iter().filter(move |component| component.kind == kind)
     }
 
     /// The component of this kind and name.

@@ -35,10 +35,7 @@ pub struct Crop {
 
 impl Default for Crop {
     fn default() -> Self {
-        Self {
-            scale: [0.9, 1.0],
-            ratio: [0.75, 1.3333],
-        }
+        Self { scale: [0.9, 1.0], ratio: [0.75, 1.3333] }
     }
 }
 

@@ -56,13 +56,7 @@ pub struct TrainData {
 
 impl Default for TrainData {
     fn default() -> Self {
-        Self {
-            shards: None,
-            on_bad_sample: OnBadSample::Skip,
-            max_bad_samples: 100,
-            shuffle_buffer: 1000,
-            workers: 2,
-        }
+        Self { shards: None, on_bad_sample: OnBadSample::Skip, max_bad_samples: 100, shuffle_buffer: 1000, workers: 2 }
     }
 }
 
@@ -103,7 +97,7 @@ pub struct EvalData {
     /// Folder that holds `classnames.txt` and `<split>/0.tar`. Absent: the set of `data.make`, or the
     /// folder above the first training shard where that has this layout.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schemars(extend("format" = "path"))]
+    #[schemars(extend("x-mcpipe-path" = true, "minLength" = 1))]
     pub root: Option<PathBuf>,
     /// Folder of the split below the root.
     #[schemars(length(min = 1))]
@@ -120,11 +114,6 @@ pub struct EvalData {
 
 impl Default for EvalData {
     fn default() -> Self {
-        Self {
-            root: None,
-            split: "test".to_owned(),
-            templates: None,
-            batch_size: 64,
-        }
+        Self { root: None, split: "test".to_owned(), templates: None, batch_size: 64 }
     }
 }

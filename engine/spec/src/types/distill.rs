@@ -1,6 +1,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::markers::TeacherName;
 use super::{Params, yes};
 
 /// CLIP's own loss and its balance against distillation: L = (1−lambda)·CLIP + lambda·Σ weight·level.
@@ -20,11 +21,7 @@ pub struct Loss {
 
 impl Default for Loss {
     fn default() -> Self {
-        Self {
-            lambda: 0.7,
-            logit_scale: 14.2857,
-            train_logit_scale: true,
-        }
+        Self { lambda: 0.7, logit_scale: 14.2857, train_logit_scale: true }
     }
 }
 
@@ -36,7 +33,7 @@ pub struct Distill {
     pub level: String,
     /// Names of the teachers to learn from. Absent: every teacher that has what the level needs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(min = 1))]
+    #[schemars(with = "Option<Vec<TeacherName>>", length(min = 1))]
     pub teachers: Option<Vec<String>>,
     /// Weight of the term within the distillation part of the loss.
     #[serde(default = "one")]
@@ -114,11 +111,7 @@ impl WeightSchedule {
         } else {
             (step - ramp.start) as f64 / (end - ramp.start) as f64
         };
-        let done = if cosine {
-            0.5 - 0.5 * (std::f64::consts::PI * done).cos()
-        } else {
-            done
-        };
+        let done = if cosine { 0.5 - 0.5 * (std::f64::consts::PI * done).cos() } else { done };
         ramp.from + (ramp.to - ramp.from) * done
     }
 }
@@ -129,12 +122,7 @@ mod tests {
 
     #[test]
     fn ramp_runs_between_its_ends() {
-        let ramp = Ramp {
-            from: 1.0,
-            to: 0.0,
-            start: 10,
-            end: Some(20),
-        };
+        let ramp = Ramp { from: 1.0, to: 0.0, start: 10, end: Some(20) };
         let linear = WeightSchedule::Linear(ramp.clone());
         assert_eq!(linear.factor(0, 100), 1.0);
         assert_eq!(linear.factor(10, 100), 1.0);
@@ -148,12 +136,7 @@ mod tests {
 
     #[test]
     fn ramp_without_end_ends_with_the_training() {
-        let schedule = WeightSchedule::Linear(Ramp {
-            from: 0.0,
-            to: 2.0,
-            start: 0,
-            end: None,
-        });
+        let schedule = WeightSchedule::Linear(Ramp { from: 0.0, to: 2.0, start: 0, end: None });
         assert_eq!(schedule.factor(9, 10), 2.0);
         assert_eq!(schedule.factor(0, 1), 0.0);
         assert_eq!(schedule.factor(0, 0), 0.0);

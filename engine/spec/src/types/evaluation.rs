@@ -20,7 +20,7 @@ pub struct Evaluation {
     pub every_steps: u64,
     /// Folder of the data. Absent: `data.eval`'s.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(extend("format" = "path"))]
+    #[schemars(extend("x-mcpipe-path" = true, "minLength" = 1))]
     pub root: Option<PathBuf>,
     /// Folder of the split below the root. Absent: `data.eval`'s.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -62,9 +62,7 @@ pub struct Export {
 
 impl Default for Export {
     fn default() -> Self {
-        Self {
-            formats: vec![ExportFormat::Timm, ExportFormat::OpenClip],
-        }
+        Self { formats: vec![ExportFormat::Timm, ExportFormat::OpenClip] }
     }
 }
 
@@ -84,7 +82,7 @@ pub enum ExportFormat {
 pub struct Run {
     /// Folder in which each run gets its directory. Absent: `runs` in the current folder.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schemars(extend("format" = "path"))]
+    #[schemars(extend("x-mcpipe-path" = true, "minLength" = 1))]
     pub dir: Option<PathBuf>,
     /// Threads for computing; 0: one for each core. Bits of the result depend on this number.
     #[schemars(range(max = 4096))]

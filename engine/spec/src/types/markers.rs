@@ -22,7 +22,8 @@ macro_rules! marker {
     };
 }
 
-marker!(PathText, { "type": "string", "format": "path", "minLength": 1 });
+marker!(PathText, { "type": "string", "minLength": 1, "x-mcpipe-path": true });
 marker!(TemplateText, { "type": "string", "x-mcpipe-template": true });
+marker!(TeacherName, { "type": "string", "x-mcpipe-ref": "teacher" });
 marker!(Share, { "type": "number", "exclusiveMinimum": 0, "maximum": 1 });
 marker!(AspectRatio, { "type": "number", "exclusiveMinimum": 0, "maximum": 100 });

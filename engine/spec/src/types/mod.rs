@@ -18,9 +18,7 @@ pub use augment::{Augment, Crop, CutMix, Mixup};
 pub use data::{Data, EvalData, MakeData, OnBadSample, Shards, TrainData};
 pub use distill::{Distill, Loss, Ramp, WeightSchedule};
 pub use evaluation::{Evaluation, Export, ExportFormat, Run};
-pub use model::{
-    Ema, OwnText, Projection, ProjectionKind, Student, TextEncoder, TextOfTeacher, TextTower, Tower,
-};
+pub use model::{Ema, OwnText, Projection, ProjectionKind, Student, TextEncoder, TextOfTeacher, TextTower, Tower};
 pub use params::{Params, ParamsError};
 pub use teacher::{EmaTeacher, LoadTeacher, Teacher, TeacherKind, TeacherText, TrainTeacher};
 pub use training::{Checkpoint, LrSchedule, NonFinite, Optimizer, Training};

@@ -84,6 +84,7 @@ pub enum TextEncoder {
 #[serde(deny_unknown_fields)]
 pub struct TextOfTeacher {
     /// Name of the teacher whose text tower is used, frozen.
+    #[schemars(extend("x-mcpipe-ref" = "teacher"))]
     pub teacher: String,
 }
 
@@ -98,7 +99,7 @@ pub struct OwnText {
     #[serde(default, skip_serializing_if = "Params::is_empty")]
     pub params: Params,
     /// File with the encoder's weights under open_clip's names.
-    #[schemars(extend("format" = "path"))]
+    #[schemars(extend("x-mcpipe-path" = true, "minLength" = 1))]
     pub weights: PathBuf,
     /// Dimension of the text embedding.
     #[schemars(range(min = 1, max = 65536))]
@@ -125,12 +126,7 @@ pub struct Projection {
 
 impl Default for Projection {
     fn default() -> Self {
-        Self {
-            kind: ProjectionKind::Linear,
-            dim: None,
-            hidden: None,
-            shared: false,
-        }
+        Self { kind: ProjectionKind::Linear, dim: None, hidden: None, shared: false }
     }
 }
 

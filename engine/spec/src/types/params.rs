@@ -5,9 +5,7 @@ use serde::{Deserialize, Serialize};
 /// A component's own parameters, already checked against the schema that the component registered.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(transparent)]
-pub struct Params(
-    #[schemars(with = "std::collections::BTreeMap<String, serde_json::Value>")] pub toml::Table,
-);
+pub struct Params(#[schemars(with = "std::collections::BTreeMap<String, serde_json::Value>")] pub toml::Table);
 
 /// A component's parameters do not decode to its parameter type.
 ///
@@ -25,9 +23,8 @@ impl Params {
     /// # Errors
     /// When a value does not fit the type.
     pub fn decode<T: DeserializeOwned>(&self) -> Result<T, ParamsError> {
-        T::deserialize(toml::Value::Table(self.0.clone())).map_err(|error| ParamsError {
-            message: error.message().to_owned(),
-        })
+        T::deserialize(toml::Value::Table(self.0.clone()))
+            .map_err(|error| ParamsError { message: error.message().to_owned() })
     }
 
     /// The value of a parameter that the file sets.

@@ -12,7 +12,7 @@ pub enum Teacher {
     /// Trained in this pipeline, with CLIP's loss on the training data, before the student.
     Train(Box<TrainTeacher>),
     /// Loaded from a file.
-    Load(LoadTeacher),
+    Load(Box<LoadTeacher>),
     /// The running average of the student itself.
     Ema(EmaTeacher),
 }
@@ -77,7 +77,7 @@ pub struct LoadTeacher {
     #[schemars(range(max = 1000.0), extend("exclusiveMinimum" = 0))]
     pub logit_scale: Option<f64>,
     /// File with the weights under timm's and open_clip's names.
-    #[schemars(extend("format" = "path"))]
+    #[schemars(extend("x-mcpipe-path" = true, "minLength" = 1))]
     pub weights: PathBuf,
 }
 

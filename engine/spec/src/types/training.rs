@@ -89,11 +89,7 @@ pub struct Checkpoint {
 
 impl Default for Checkpoint {
     fn default() -> Self {
-        Self {
-            every_steps: 0,
-            every_minutes: 10.0,
-            keep: 2,
-        }
+        Self { every_steps: 0, every_minutes: 10.0, keep: 2 }
     }
 }
 
