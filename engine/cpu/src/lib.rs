@@ -2,10 +2,11 @@
 
 pub mod activation;
 pub mod attention;
-pub mod elementwise;
-pub mod embedding;
+pub mod bridge;
 pub mod conv;
 mod depthwise;
+pub mod elementwise;
+pub mod embedding;
 pub mod gemm;
 pub mod layout;
 pub mod linear;
@@ -15,8 +16,8 @@ pub mod optim;
 mod parallel;
 pub mod pooling;
 mod reduce;
-pub mod resize;
 pub mod reference;
+pub mod resize;
 pub mod simd;
 mod small_gemm;
 pub mod softmax;
