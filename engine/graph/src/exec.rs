@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 use std::mem::take;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use crate::backend::{Arg, Backend, BackendError, Cpu, Forward, GradOut, Vjp};
 use crate::graph::{GraphError, Node, Source, StepGraph, Tensor, ValueId};
@@ -65,6 +66,22 @@ pub struct Executor<B: Backend = Cpu> {
     bound: Vec<usize>,
     moved: HashMap<ValueId, usize>,
     started: Vec<bool>,
+    profile: Option<HashMap<(&'static str, String), OpTime>>,
+}
+
+/// Time spent in one kind of op.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct OpTime {
+    /// Op name.
+    pub op: &'static str,
+    /// What tells it apart from others of its name (kernel size and stride), or nothing.
+    pub detail: String,
+    /// Time in forwards.
+    pub forward: Duration,
+    /// Time in VJPs.
+    pub backward: Duration,
+    /// Floating-point operations of the forwards that were timed.
+    pub flops: u64,
 }
 
 impl<B: Backend> Executor<B> {
@@ -100,7 +117,7 @@ impl<B: Backend> Executor<B> {
         let slots = slots.collect();
         let moved = plan.moved.iter().copied().collect();
         let started = vec![false; graph.dag.node_count()];
-        Ok(Executor { graph, plan, mode, backend, slots, ints: HashMap::new(), bound, moved, started })
+        Ok(Executor { graph, plan, mode, backend, slots, ints: HashMap::new(), bound, moved, started, profile: None })
     }
 
     /// The graph that is run.
@@ -111,6 +128,37 @@ impl<B: Backend> Executor<B> {
     /// The memory plan.
     pub fn plan(&self) -> &MemoryPlan {
         &self.plan
+    }
+
+    /// Starts to count the time spent in each kind of op, from zero.
+    pub fn start_profile(&mut self) {
+        self.profile = Some(HashMap::new());
+    }
+
+    /// The times counted since [`start_profile`](Self::start_profile), longest first; ends the counting.
+    pub fn take_profile(&mut self) -> Vec<OpTime> {
+        let mut times: Vec<OpTime> = self.profile.take().unwrap_or_default().into_values().collect();
+        times.sort_by_key(|t| std::cmp::Reverse(t.forward + t.backward));
+        times
+    }
+
+    fn count(&mut self, node: &Node, op: &Op, since: Instant, backward: bool) {
+        let Some(profile) = &mut self.profile else { return };
+        let detail = match op {
+            Op::Conv2d(d) => format!("{}x{} stride {}", d.kh, d.kw, d.stride),
+            _ => String::new(),
+        };
+        let time = profile.entry((op.name(), detail)).or_insert_with_key(|(op, detail)| OpTime {
+            op,
+            detail: detail.clone(),
+            ..OpTime::default()
+        });
+        if backward {
+            time.backward += since.elapsed();
+        } else {
+            time.forward += since.elapsed();
+            time.flops += op.flops(node.numel());
+        }
     }
 
     fn feed(&mut self, feeds: &Feeds<'_>) -> Result<(), ExecError> {
@@ -186,9 +234,8 @@ impl<B: Backend> Executor<B> {
         self.feed(feeds)?;
         let graph = Arc::clone(&self.graph);
         for (id, node) in graph.nodes() {
-            if node.op().is_none() {
-                continue;
-            }
+            let Some(op) = node.op() else { continue };
+            let start = Instant::now();
             let slot = self.plan.values[&id];
             let mut out = take(&mut self.slots[slot]);
             let saved_slots = self.plan.saved.get(&id).map_or(&[][..], Vec::as_slice);
@@ -203,6 +250,7 @@ impl<B: Backend> Executor<B> {
             }
             self.slots[slot] = out;
             ran?;
+            self.count(node, op, start, false);
             let held = &self.slots[slot];
             watch(node, &|| self.backend.view(held, node.numel()).into_owned());
         }
@@ -275,7 +323,9 @@ impl<B: Backend> Executor<B> {
         for (id, node) in graph.nodes().rev() {
             let Some(op) = node.op() else { continue };
             if node.requires_grad && self.started[id.index()] {
+                let start = Instant::now();
                 self.vjp(&graph, id, node, op, store, grads)?;
+                self.count(node, op, start, true);
             }
         }
         Ok(())

@@ -9,7 +9,7 @@ use mcpipe_cpu::{
     softmax,
 };
 
-use super::reference::{self, Pullback};
+use super::reference::{self, Tape};
 use super::{Arg, Backend, BackendError, Forward, GradOut, Kernels, Vjp};
 use crate::graph::{Node, ValueId};
 use crate::op::{Op, Runner};
@@ -20,7 +20,7 @@ pub struct Cpu {
     kernels: Kernels,
     ws: Workspace,
     /// What dfdx's tapes left for the backward walk.
-    tapes: HashMap<ValueId, Pullback>,
+    tapes: HashMap<ValueId, Tape>,
 }
 
 impl std::fmt::Debug for Cpu {
@@ -35,8 +35,8 @@ impl Cpu {
         Cpu { kernels, ..Cpu::default() }
     }
 
-    fn on_dfdx(&self, node: &Node, op: &Op) -> bool {
-        (self.kernels == Kernels::Reference || node.runner == Runner::Dfdx) && reference::has(op)
+    fn on_dfdx(&self, node: &Node) -> bool {
+        self.kernels == Kernels::Reference || node.runner == Runner::Dfdx
     }
 }
 
@@ -126,19 +126,15 @@ impl Backend for Cpu {
         let Some(op) = node.op() else { return Ok(()) };
         check_ids(node, op, io.ins)?;
         let y = &mut io.out[..node.numel()];
-        if self.on_dfdx(node, op) {
-            let (value, saved, pullback) = reference::forward(op, io.ins, io.keep).map_err(|r| failed(node, op, r))?;
-            y.copy_from_slice(&value);
-            for (to, from) in io.saved.iter_mut().zip(saved) {
+        if self.on_dfdx(node) {
+            let ran = reference::run(op, io.ins, io.keep).map_err(|e| failed(node, op, e.to_string()))?;
+            y.copy_from_slice(&ran.value);
+            for (to, from) in io.saved.iter_mut().zip(ran.saved) {
                 to[..from.len()].copy_from_slice(&from);
             }
-            match pullback {
-                Some(p) => drop(self.tapes.insert(id, p)),
-                None => drop(self.tapes.remove(&id)),
+            if let Some(tape) = ran.pullback {
+                self.tapes.insert(id, tape);
             }
-            return Ok(());
-        }
-        if self.kernels == Kernels::Reference && reference::forward_plain(op, io.ins, y) {
             return Ok(());
         }
         let ws = &mut self.ws;
@@ -208,27 +204,19 @@ impl Backend for Cpu {
     fn vjp(&mut self, id: ValueId, node: &Node, io: Vjp<'_, Self>) -> Result<(), BackendError> {
         let Some(op) = node.op() else { return Ok(()) };
         let dy = &io.dout[..node.numel()];
-        if let Some(pullback) = self.tapes.remove(&id) {
-            let found = pullback(dy);
+        if let Some(tape) = self.tapes.remove(&id) {
+            let found = tape(dy);
             for (i, target) in io.grads.iter_mut().enumerate() {
                 let Some(target) = target else { continue };
                 let Some(grad) = found.get(i).filter(|g| g.len() == target.len) else {
                     return Err(failed(node, op, format!("dfdx gave no gradient for argument {i}")));
                 };
-                let to = &mut target.buffer[..target.len];
-                if target.accumulate {
-                    elementwise::axpy(1.0, grad, to);
-                } else {
-                    to.copy_from_slice(grad);
-                }
+                elementwise::copy_or_add(grad, &mut target.buffer[..target.len], target.accumulate);
             }
             return Ok(());
         }
         let x = |i: usize| io.ins[i].values();
         let mut g = Targets(io.grads);
-        if self.kernels == Kernels::Reference && reference::vjp_plain(op, io.ins, dy, g.0) {
-            return Ok(());
-        }
         let ws = &mut self.ws;
         let y = io.out.map_or(&[][..], |out| &out[..node.numel()]);
         let saved = io.saved;

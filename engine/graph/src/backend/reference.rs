@@ -1,28 +1,58 @@
-//! The reference formulations of ops: dfdx where it can express them, plain loops where it can't.
+//! Nodes run by dfdx: each op in the bridge's terms.
 
+use mcpipe_cpu::bridge::{self, Op as Dfdx, Pullback, Run};
+
+use super::Arg;
 use super::cpu::Cpu;
-use super::{Arg, GradOut};
 use crate::op::Op;
 
 /// The backward half of a dfdx node.
-pub(super) type Pullback = Box<dyn FnOnce(&[f32]) -> Vec<Vec<f32>>>;
+pub(super) type Tape = Pullback<f32>;
 
-pub(super) fn has(_op: &Op) -> bool {
-    false
-}
-
-pub(super) fn forward(
-    _op: &Op,
-    _ins: &[Arg<'_, Cpu>],
-    _keep: bool,
-) -> Result<(Vec<f32>, Vec<Vec<f32>>, Option<Pullback>), String> {
-    Err("no dfdx formulation".into())
-}
-
-pub(super) fn forward_plain(_op: &Op, _ins: &[Arg<'_, Cpu>], _y: &mut [f32]) -> bool {
-    false
-}
-
-pub(super) fn vjp_plain(_op: &Op, _ins: &[Arg<'_, Cpu>], _dy: &[f32], _grads: &mut [Option<GradOut<'_, Cpu>>]) -> bool {
-    false
+/// Runs `op` by dfdx; with `keep`, the result holds its VJP.
+pub(super) fn run(op: &Op, ins: &[Arg<'_, Cpu>], keep: bool) -> Result<Run<f32>, bridge::BridgeError> {
+    let ids = ins.get(1).map_or(&[][..], Arg::ids);
+    let dfdx = match op {
+        Op::Conv2d(d) => Dfdx::Conv2d(*d),
+        Op::Linear(d) => Dfdx::Linear(*d),
+        Op::MatMul { dims, alpha } => Dfdx::MatMul { dims: *dims, alpha: *alpha },
+        Op::BatchNorm { dims, act, .. } => Dfdx::BatchNorm { dims: *dims, act: *act },
+        Op::BatchNormEval { dims, act } => Dfdx::BatchNormEval { dims: *dims, act: *act },
+        Op::LayerNorm(d) => Dfdx::LayerNorm(*d),
+        Op::Activation(a) => Dfdx::Activation(*a),
+        Op::Attention(d) => Dfdx::Attention(*d),
+        Op::AttentionMap(d) => Dfdx::AttentionMap(*d),
+        Op::Add => Dfdx::Add,
+        Op::AddBroadcast => Dfdx::AddBroadcast,
+        Op::Mul => Dfdx::Mul,
+        Op::Scale(s) => Dfdx::Scale(*s),
+        Op::Exp => Dfdx::Exp,
+        Op::Unfold(d) => Dfdx::Unfold(*d),
+        Op::Fold(d) => Dfdx::Fold(*d),
+        Op::GlobalAvgPool { batch, hw, c } => Dfdx::GlobalAvgPool { batch: *batch, hw: *hw, c: *c },
+        Op::AvgPool(d) => Dfdx::AvgPool(*d),
+        Op::Resize { from, to } => {
+            Dfdx::Resize { batch: from.batch, h: from.h, w: from.w, c: from.c, oh: to[0], ow: to[1] }
+        }
+        Op::Embedding { width } => Dfdx::Embedding { width: *width, ids },
+        Op::GatherRows { tokens, width, .. } => Dfdx::GatherRows { tokens: *tokens, width: *width, index: ids },
+        Op::ConcatLast { rows, ca, cb } => Dfdx::ConcatLast { rows: *rows, ca: *ca, cb: *cb },
+        Op::PrependToken { batch, tokens, width } => {
+            Dfdx::PrependToken { batch: *batch, tokens: *tokens, width: *width }
+        }
+        Op::SliceRows { batch, tokens, width, start, len } => {
+            Dfdx::SliceRows { outer: *batch, rows: *tokens, width: *width, start: *start, count: *len }
+        }
+        Op::Permute { shape, axes } => Dfdx::Permute { shape, perm: axes },
+        Op::L2Normalize { rows, c } => Dfdx::L2Normalize { rows: *rows, c: *c },
+        Op::Softmax { rows, c, temperature } => Dfdx::Softmax { rows: *rows, c: *c, temperature: *temperature },
+        Op::Contrastive(d) => Dfdx::Contrastive(*d),
+        Op::Mse => Dfdx::Mse,
+        Op::Cosine { rows, c } => Dfdx::Cosine { rows: *rows, c: *c },
+        Op::KlRows { rows, c } => Dfdx::KlRows { rows: *rows, c: *c },
+        Op::AttentionTransferMap { batch, hw, c } => Dfdx::AttentionTransferMap { batch: *batch, hw: *hw, c: *c },
+    };
+    // Ids are part of the op there, not arguments.
+    let tensors: Vec<&[f32]> = ins.iter().filter(|a| matches!(a, Arg::F32 { .. })).map(Arg::values).collect();
+    bridge::run(&dfdx, &tensors, keep)
 }
