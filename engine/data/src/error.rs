@@ -306,6 +306,28 @@ impl DataError {
         }
     }
 
+    /// The file or directory that the error is about (empty where it is about none) and the sample's key.
+    pub fn place(&self) -> (&Path, Option<&str>) {
+        match self {
+            Self::Read { path, .. }
+            | Self::Write { path, .. }
+            | Self::MissingNshards { path }
+            | Self::BadNshards { path, .. }
+            | Self::MissingFile { path, .. }
+            | Self::Line { path, .. }
+            | Self::Exists { path, .. }
+            | Self::Shard { shard: path, .. } => (path, None),
+            Self::Sample { shard, key, .. } => (shard, Some(key)),
+            Self::MissingShards { missing, .. } => (missing.first().map_or(Path::new(""), PathBuf::as_path), None),
+            Self::Braces { pattern, .. } => (Path::new(pattern), None),
+            Self::NoShards(_)
+            | Self::TooManyBadSamples { .. }
+            | Self::TooFewSamples { .. }
+            | Self::Option(_)
+            | Self::Worker(_) => (Path::new(""), None),
+        }
+    }
+
     pub(crate) fn read(path: &Path, source: io::Error) -> Self {
         Self::Read { path: path.to_owned(), source }
     }

@@ -6,6 +6,9 @@
 //! [`EvalSet`] reads an evaluation split in order. [`make_shapes`] writes the embedded default data set, and
 //! [`check`] finds what is wrong with any.
 
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+mod check;
 mod decode;
 mod entities;
 mod error;
@@ -16,11 +19,13 @@ mod mix;
 mod ordered;
 pub mod rng;
 mod samples;
+mod shapes;
 mod shards;
 mod tar_scan;
 mod tokenize;
 mod transform;
 
+pub use check::{CheckOptions, Problem, Report, Severity, check};
 pub use decode::{DEFAULT_MAX_PIXELS, ImageFormat, RgbImage, decode};
 pub use error::{DataError, ImageFault, Result, SampleFault, ShardFault};
 pub use eval_set::{
@@ -31,6 +36,7 @@ pub use loader::{Batch, LoaderOptions, LoaderStats, OnBadSample, TrainLoader, ep
 pub use mix::{CutBox, Mix, MixOptions, MixPolicy, MixTargets, model_input};
 pub use rng::Rng;
 pub use samples::{BadEntry, Entry, MAX_CAPTION_BYTES, Member, MemberKind, SampleSet, ShardFiles, content_hash};
+pub use shapes::{MANIFEST, Manifest, ManifestFile, ShapesParams, make_shapes, shapes_paths};
 pub use shards::{MAX_EXPANSION, NSHARDS, expand_braces, index, list_shards, split_shards, tar_files};
 pub use tar_scan::{RawMember, TarScan, scan_tar};
 pub use tokenize::{END_OF_TEXT, START_OF_TEXT, Tokenizer, Tokens, VOCABULARY, check_context_length, tokenizer};

@@ -34,6 +34,8 @@ pub enum OnBadSample {
 pub struct LoaderOptions {
     /// Seed of shuffling, augmentation and mixing.
     pub seed: u64,
+    /// Whether each epoch has an order of its own (else the order of the shards).
+    pub shuffle: bool,
     /// Rows of a batch.
     pub batch_size: usize,
     /// Sides of the images that the models of a step want, without repetition; the student's first.
@@ -60,6 +62,7 @@ impl Default for LoaderOptions {
     fn default() -> Self {
         Self {
             seed: 0,
+            shuffle: true,
             batch_size: 64,
             sizes: vec![64],
             context_lengths: Vec::new(),
@@ -296,7 +299,11 @@ impl Shared {
         if let Some((_, order)) = orders.iter().find(|(e, _)| *e == epoch) {
             return order.clone();
         }
-        let order = Arc::new(epoch_order(self.options.seed, epoch, self.set.len()));
+        let order = Arc::new(if self.options.shuffle {
+            epoch_order(self.options.seed, epoch, self.set.len())
+        } else {
+            (0..self.set.len() as u32).collect()
+        });
         if orders.len() == KEPT_ORDERS {
             orders.remove(0);
         }

@@ -143,6 +143,11 @@ impl SampleSet {
         Ok(set)
     }
 
+    /// The samples of one scanned shard; a fault of its structure is the caller's to report.
+    pub(crate) fn of_shard(path: &Path, shard: ShardSamples) -> Self {
+        Self { shards: vec![path.to_owned()], entries: shard.entries, bad: shard.bad, fingerprint: shard.scan.digest }
+    }
+
     /// Number of usable samples.
     pub fn len(&self) -> usize {
         self.entries.len()
