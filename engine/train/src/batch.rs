@@ -1,0 +1,134 @@
+//! Batches as the trainer takes them, and the targets of their image–text pairs.
+
+use std::collections::HashMap;
+
+use crate::error::BoxError;
+
+/// Mixup or CutMix within a batch: image i = `keep[i]` of sample i and the rest of sample `partner[i]`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Mix {
+    /// Position of the other sample.
+    pub partner: Vec<usize>,
+    /// Share of the sample itself: Mixup's blend factor, CutMix's kept area.
+    pub keep: Vec<f32>,
+}
+
+/// The samples of one optimiser step.
+#[derive(Clone, Debug, Default)]
+pub struct Batch {
+    /// The same pixels, augmented and mixed alike, in each model's own size and normalisation:
+    /// `views[v]` is `[B, S_v, S_v, 3]`.
+    pub views: Vec<Vec<f32>>,
+    /// Captions, one a sample.
+    pub captions: Vec<String>,
+    /// Mixup or CutMix, where the batch is mixed.
+    pub mix: Option<Mix>,
+    /// Where the source stands after this batch, in the source's own form; kept in checkpoints.
+    pub cursor: serde_json::Value,
+}
+
+/// Gives one batch after another, from wherever it was started.
+pub trait BatchSource {
+    /// The next batch.
+    ///
+    /// # Errors
+    /// Data that can't be read or too many bad samples.
+    fn next_batch(&mut self) -> Result<Batch, BoxError>;
+}
+
+/// Target distributions of a batch's image–text pairs.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct SoftTargets {
+    /// `[B, B]`: row i is image i's distribution over captions.
+    pub image_to_text: Vec<f32>,
+    /// `[B, B]`: row j is caption j's distribution over images.
+    pub text_to_image: Vec<f32>,
+}
+
+impl SoftTargets {
+    /// CLIP's targets with Mixup and CutMix: image i has `keep[i]` on its own caption and the rest on its partner's.
+    /// Equal captions share their mass evenly. A caption's distribution over images is proportional to the mass that
+    /// the images give it (for one blend factor in the whole batch: the transpose).
+    pub fn new(captions: &[String], mix: Option<&Mix>) -> Self {
+        let b = captions.len();
+        let mut groups: HashMap<&str, Vec<usize>> = HashMap::new();
+        for (i, caption) in captions.iter().enumerate() {
+            groups.entry(caption.as_str()).or_default().push(i);
+        }
+        let mut image_to_text = vec![0.0f32; b * b];
+        let mut give = |row: usize, caption: usize, mass: f32| {
+            if let Some(group) = groups.get(captions[caption].as_str()) {
+                for &j in group {
+                    image_to_text[row * b + j] += mass / group.len() as f32;
+                }
+            }
+        };
+        for i in 0..b {
+            match mix {
+                Some(m) if m.partner[i] != i => {
+                    give(i, i, m.keep[i]);
+                    give(i, m.partner[i], 1.0 - m.keep[i]);
+                }
+                _ => give(i, i, 1.0),
+            }
+        }
+        let mut text_to_image = vec![0.0f32; b * b];
+        for j in 0..b {
+            let total: f64 = (0..b).map(|i| f64::from(image_to_text[i * b + j])).sum();
+            if total > 0.0 {
+                for i in 0..b {
+                    text_to_image[j * b + i] = (f64::from(image_to_text[i * b + j]) / total) as f32;
+                }
+            } else {
+                // No image shows this caption: a box covered the whole picture. Its own image is the only candidate.
+                text_to_image[j * b + j] = 1.0;
+            }
+        }
+        SoftTargets { image_to_text, text_to_image }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn captions(list: &[&str]) -> Vec<String> {
+        list.iter().map(|&c| c.to_owned()).collect()
+    }
+
+    #[test]
+    fn plain_targets_are_the_identity() {
+        let t = SoftTargets::new(&captions(&["a", "b"]), None);
+        assert_eq!(t.image_to_text, [1.0, 0.0, 0.0, 1.0]);
+        assert_eq!(t.text_to_image, [1.0, 0.0, 0.0, 1.0]);
+    }
+
+    #[test]
+    fn equal_captions_share_their_mass() {
+        let t = SoftTargets::new(&captions(&["a", "b", "a"]), None);
+        assert_eq!(t.image_to_text, [0.5, 0.0, 0.5, 0.0, 1.0, 0.0, 0.5, 0.0, 0.5]);
+        assert_eq!(t.text_to_image, t.image_to_text);
+    }
+
+    #[test]
+    fn mixed_images_aim_at_both_captions_both_ways() {
+        let mix = Mix { partner: vec![2, 1, 0], keep: vec![0.75; 3] };
+        let t = SoftTargets::new(&captions(&["a", "b", "c"]), Some(&mix));
+        assert_eq!(t.image_to_text, [0.75, 0.0, 0.25, 0.0, 1.0, 0.0, 0.25, 0.0, 0.75]);
+        assert_eq!(t.text_to_image, t.image_to_text);
+        let same = Mix { partner: vec![1, 0], keep: vec![0.3, 0.9] };
+        let t = SoftTargets::new(&captions(&["a", "a"]), Some(&same));
+        assert_eq!(t.image_to_text, [0.5; 4]);
+    }
+
+    #[test]
+    fn own_factors_still_give_distributions() {
+        let mix = Mix { partner: vec![1, 2, 0], keep: vec![0.0, 0.5, 1.0] };
+        let t = SoftTargets::new(&captions(&["a", "b", "c"]), Some(&mix));
+        for p in [&t.image_to_text, &t.text_to_image] {
+            for row in p.chunks(3) {
+                assert!((row.iter().sum::<f32>() - 1.0).abs() < 1e-6, "{p:?}");
+            }
+        }
+    }
+}
