@@ -80,7 +80,7 @@ impl Diagnostic {
             self.nearest = Some(near.to_owned());
         }
         if choices.is_empty() {
-            self.with_help(format!("{what}: none"))
+            self.with_help(format!("there are no {what}"))
         } else {
             self.with_help(format!("{what}: {}", Listed(&choices)))
         }

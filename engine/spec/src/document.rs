@@ -170,15 +170,15 @@ pub fn load(path: &FilePath, overrides: &[String], components: &Components) -> R
     if bytes.len() as u64 > MAX_BYTES {
         return Err(unreadable(format!("`{name}` is longer than 1 MiB, too long for a pipeline file"), "", None));
     }
+    // A binary file has no lines worth showing.
+    if bytes.contains(&0) {
+        return Err(unreadable(format!("`{name}` is no text file"), "", None));
+    }
     match String::from_utf8(bytes) {
         Ok(text) => load_text(path, &text, overrides, components),
         Err(error) => {
             let at = error.utf8_error().valid_up_to();
             let bytes = error.into_bytes();
-            // A binary file has no lines worth showing.
-            if bytes.contains(&0) {
-                return Err(unreadable(format!("`{name}` is no text file"), "", None));
-            }
             let text = String::from_utf8_lossy(&bytes);
             let end = at + char::REPLACEMENT_CHARACTER.len_utf8();
             Err(unreadable(format!("`{name}` is not UTF-8 text"), &text, Some(at..end)))

@@ -28,12 +28,67 @@ pub(crate) fn parse_file(text: &str, source: usize, diagnostics: &mut Vec<Diagno
         return root;
     }
     let (table, errors) = DeTable::parse_recoverable(text);
-    for error in &errors {
-        diagnostics.push(syntax(error, text, source, 0));
-    }
     let mut builder = Builder { source, offset: 0, diagnostics };
     root.value = builder.table(table.get_ref(), 0);
+    let mut slips: Vec<Diagnostic> = errors.iter().map(|error| syntax(error, text, source, 0)).collect();
+    slips.sort_by_key(|slip| slip.location.as_ref().map(|location| location.span.start));
+    let mut last_line = None;
+    for mut slip in slips {
+        let Some(location) = slip.location.clone() else { continue };
+        // One slip makes the parser stumble several times in its line: the first says what it was.
+        let line = text[..location.span.start].matches('\n').count();
+        if last_line == Some(line) {
+            continue;
+        }
+        last_line = Some(line);
+        if slip.code == Code::DuplicateKey
+            && let Some(first) = first_written(&root, text, &location)
+        {
+            slip = slip.with_related(first, "first here");
+        }
+        diagnostics.push(slip);
+    }
     root
+}
+
+/// Where the key that stands a second time at `again` stands first: in the innermost table that starts
+/// before and has it, the top level else; for a header, the same header earlier.
+fn first_written(root: &Node, text: &str, again: &Location) -> Option<Location> {
+    fn innermost<'a>(node: &'a Node, key: &str, before: usize, best: &mut Option<(usize, &'a Location)>) {
+        let start = node.location.span.start;
+        if let Some(location) = node.get(key).and_then(|found| found.key.as_ref())
+            && location.span.start < before
+            && start < before
+            && best.is_none_or(|(other, _)| other <= start)
+        {
+            *best = Some((start, location));
+        }
+        match &node.value {
+            Value::Table(entries) => entries.iter().for_each(|(_, child)| innermost(child, key, before, best)),
+            Value::Array(items) => items.iter().for_each(|item| innermost(item, key, before, best)),
+            _ => {}
+        }
+    }
+    let key = text.get(again.span.clone())?;
+    let before = again.span.start;
+    let line_start = text[..before].rfind('\n').map_or(0, |at| at + 1);
+    let header =
+        |line: &str| line.trim_start().starts_with('[').then(|| line.trim().trim_matches(['[', ']']).to_owned());
+    if let Some(name) = header(text[line_start..].lines().next()?) {
+        let mut start = 0;
+        for line in text[..line_start].split_inclusive('\n') {
+            if header(line).as_deref() == Some(&name) {
+                let at = start + line.find(&name)?;
+                return Some(Location { source: again.source, span: at..at + name.len() });
+            }
+            start += line.len();
+        }
+        return None;
+    }
+    let mut best = None;
+    innermost(root, key, before, &mut best);
+    let at_top = || root.get(key)?.key.as_ref().filter(|first| first.span.start < before);
+    best.map(|(_, location)| location).or_else(at_top).cloned()
 }
 
 /// Where a chain of dotted keys is longer than any pipeline's. Nested tables are built and dropped
@@ -78,7 +133,7 @@ fn syntax(error: &Error, text: &str, source: usize, offset: usize) -> Diagnostic
         let key = &text[start..end];
         return Diagnostic::new(Code::DuplicateKey, "", Some(location), format!("`{}` is written twice", key.trim()))
             .with_label("again here")
-            .with_help("keep one of the two; a list of tables has a header in double brackets, as `[[teacher]]`");
+            .with_help("keep one of the two; each table of a list has a header in double brackets, as `[[teacher]]`");
     }
     let diagnostic = Diagnostic::new(Code::Syntax, "", Some(location), what).with_label("here");
     let line_start = text[..start].rfind('\n').map_or(0, |at| at + 1);
@@ -87,8 +142,13 @@ fn syntax(error: &Error, text: &str, source: usize, offset: usize) -> Diagnostic
     match (written, expected) {
         (Some(word @ ("True" | "False")), _) => diagnostic.with_help(format!("TOML writes `{}`", word.to_lowercase())),
         (Some("None" | "null" | "nil"), _) => diagnostic.with_help("TOML has no empty value: leave the key out"),
-        (_, Some("literal string")) => diagnostic.with_help("expected a value; text stands in quotes: `\"text\"`"),
-        (_, Some(expected)) => diagnostic.with_help(format!("expected {expected}")),
+        (_, Some("literal string")) => match text[start..end].contains(' ') {
+            true => diagnostic
+                .with_label("expected a value")
+                .with_help("text stands in quotes: `\"text\"`; between two values stands a comma"),
+            false => diagnostic.with_label("expected a value").with_help("text stands in quotes: `\"text\"`"),
+        },
+        (_, Some(expected)) => diagnostic.with_label(format!("expected {expected}")),
         (_, None) => diagnostic,
     }
 }

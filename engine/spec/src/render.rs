@@ -2,13 +2,14 @@
 
 use std::fmt::{self, Write as _};
 use std::io::IsTerminal;
+use std::ops::Range;
 
 use miette::{GraphicalReportHandler, GraphicalTheme, LabeledSpan, NamedSource, NarratableReportHandler, SourceCode};
 use serde_json::{Value, json};
 
 use crate::code::Severity;
 use crate::diagnostic::{Diagnostic, Diagnostics};
-use crate::source::{Location, Position, Sources};
+use crate::source::{Location, Position, Sources, floor_boundary};
 
 /// How diagnostics are rendered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -156,18 +157,24 @@ impl Report {
         let Some(source) = sources.get(location.source) else {
             return report;
         };
+        if !drawable(&source.text, location) {
+            let start = sources.positions(location).map_or((1, 1), |(start, _)| (start.line, start.column));
+            report.message = format!("{}:{}:{}: {}", source.name, start.0, start.1, report.message);
+            return report;
+        }
         report.source = Some(NamedSource::new(&source.name, source.text.clone()));
         let label = |location: &Location, text: &str, primary: bool| {
-            let length = location.span.end.saturating_sub(location.span.start);
+            let span = visible(&source.text, location.span.clone());
+            let (start, length) = (span.start, span.len());
             let text = (!text.is_empty()).then(|| text.to_owned());
             match primary {
-                true => LabeledSpan::new_primary_with_span(text, (location.span.start, length)),
-                false => LabeledSpan::new_with_span(text, (location.span.start, length)),
+                true => LabeledSpan::new_primary_with_span(text, (start, length)),
+                false => LabeledSpan::new_with_span(text, (start, length)),
             }
         };
         report.labels.push(label(location, &diagnostic.label, true));
         for (other, text) in &diagnostic.related {
-            if other.source == location.source {
+            if other.source == location.source && drawable(&source.text, other) {
                 report.labels.push(label(other, text, false));
                 continue;
             }
@@ -192,6 +199,35 @@ impl Report {
             Style::Plain => GraphicalReportHandler::new_themed(GraphicalTheme::none()),
         };
         handler.with_width(WIDTH).with_context_lines(1).with_links(false).render_report(out, self)
+    }
+}
+
+/// Whether the lines at a place are of a length to be shown; no line that a person wrote is longer.
+fn drawable(text: &str, location: &Location) -> bool {
+    const LONGEST: usize = 2000;
+    let start = floor_boundary(text, location.span.start);
+    let end = floor_boundary(text, location.span.end).max(start);
+    let is_short = |line: &str| line.len() <= LONGEST;
+    // The lines of the place, and one before and after as context.
+    let first = text[..start].rfind('\n').unwrap_or(0);
+    let first = text[..first].rfind('\n').map_or(0, |at| at + 1);
+    let lines = text[start..end].matches('\n').count() + 3;
+    text[first..].split('\n').take(lines).all(is_short)
+}
+
+/// A place that can be underlined: nothing, as at the end of a line, gives way to the character before it.
+fn visible(text: &str, span: Range<usize>) -> Range<usize> {
+    let end = floor_boundary(text, span.end);
+    let start = floor_boundary(text, span.start).min(end);
+    if start < end {
+        return start..end;
+    }
+    let after = text[start..].chars().next().filter(|c| !c.is_control());
+    let before = text[..start].chars().next_back().filter(|c| !c.is_control());
+    match (after, before) {
+        (Some(after), _) => start..start + after.len_utf8(),
+        (None, Some(before)) => start - before.len_utf8()..start,
+        (None, None) => start..start,
     }
 }
 

@@ -201,18 +201,19 @@ impl Checks<'_> {
                 if low > high {
                     let path = format!("augment.crop.{key}");
                     self.add(Code::Conflict, &path, format!("the least {key} is greater than the greatest"), |d| {
-                        d.with_label(format!("{low} > {high}"))
-                            .with_help(format!("write the smaller one first: `[{high}, {low}]`"))
+                        d.with_label(format!("{low:?} > {high:?}"))
+                            .with_help(format!("write the smaller one first: `[{high:?}, {low:?}]`"))
                     });
                 }
             }
         }
         if let (Some(mixup), Some(cutmix)) = (&augment.mixup, &augment.cutmix)
-            && mixup.probability + cutmix.probability > 1.0 + 1e-9
+            && let sum = ((mixup.probability + cutmix.probability) * 1e6).round() / 1e6
+            && sum > 1.0
         {
             self.conflict(
                 "augment.cutmix.probability",
-                format!("mixup and cutmix together take {} of the batches", mixup.probability + cutmix.probability),
+                format!("mixup and cutmix together take {sum} of the batches"),
                 &format!("{} here", cutmix.probability),
                 "augment.mixup.probability",
                 &format!("{} here", mixup.probability),
@@ -228,7 +229,6 @@ impl Checks<'_> {
             ProjectionKind::Linear => "linear",
             ProjectionKind::Mlp => return,
         };
-        let label = format!("kind = \"{kind}\"");
         let none = projection.kind == ProjectionKind::None;
         for (key, set, needs) in [
             ("dim", none && projection.dim.is_some(), "\"linear\" or \"mlp\""),
@@ -241,7 +241,7 @@ impl Checks<'_> {
                     format!("`{key}` says nothing about a projection of kind \"{kind}\""),
                     "no effect",
                     "projection.kind",
-                    &label,
+                    "the kind",
                     &format!("remove it, or use kind = {needs}"),
                 );
             }

@@ -184,7 +184,7 @@ impl Value {
         match self {
             Self::Bool(_) => "a boolean",
             Self::Integer(_) => "an integer",
-            Self::Float(_) => "a number",
+            Self::Float(_) => "a float",
             Self::String(_) => "a string",
             Self::Datetime(_) => "a date",
             Self::Array(_) => "an array",

@@ -59,18 +59,28 @@ fn phrase<'a>(checker: &Checker<'a>, schema: &Schema, depth: usize) -> String {
 fn array_form(checker: &Checker<'_>, schema: &Schema, depth: usize) -> String {
     let count = |key| schema.get(key).and_then(Schema::as_u64);
     let item = schema.get("items").filter(|items| items.is_object()).map(|items| phrase(checker, items, depth + 1));
-    let least = count("minItems");
-    let many = match (least, count("maxItems")) {
-        (Some(least), Some(most)) if least == most => format!("an array of {least} items"),
-        (Some(1), None) => "an array of at least one item".to_owned(),
-        (Some(least), None) => format!("an array of at least {least} items"),
-        (None, Some(most)) => format!("an array of at most {most} items"),
-        (Some(least), Some(most)) => format!("an array of {least} to {most} items"),
-        (None, None) => "an array".to_owned(),
+    let items = match item.as_deref() {
+        None | Some("a value") => "items".to_owned(),
+        Some(item) => plural(item),
     };
-    match item {
-        Some(item) if item != "a value" => format!("{many}, each {item}"),
-        _ => many,
+    match (count("minItems"), count("maxItems")) {
+        (Some(least), Some(most)) if least == most => format!("an array of {least} {items}"),
+        (Some(1), None) => format!("an array of one or more {items}"),
+        (Some(least), None) => format!("an array of {least} or more {items}"),
+        (None, Some(most)) => format!("an array of at most {most} {items}"),
+        (Some(least), Some(most)) => format!("an array of {least} to {most} {items}"),
+        (None, None) => format!("an array of {items}"),
+    }
+}
+
+/// "an integer from 1 to 9" as "integers from 1 to 9".
+fn plural(form: &str) -> String {
+    let Some(rest) = form.strip_prefix("an ").or_else(|| form.strip_prefix("a ")) else {
+        return format!("items, each {form}");
+    };
+    match rest.split_once(' ') {
+        Some((noun, rest)) => format!("{noun}s {rest}"),
+        None => format!("{rest}s"),
     }
 }
 
@@ -97,12 +107,24 @@ fn with_bounds(noun: &str, schema: &Schema) -> String {
     }
 }
 
-/// A bound without a needless `.0`.
+/// A bound as TOML writes it: without a needless `.0`, great ones with `_` between thousands.
 fn number_text(number: &Number) -> String {
-    match number.as_f64() {
-        Some(value) if value.fract() == 0.0 && value.abs() < 1e15 => format!("{value:.0}"),
-        _ => number.to_string(),
+    let whole = match number.as_f64() {
+        Some(value) if value.fract() == 0.0 && value.abs() < 1e16 => format!("{value:.0}"),
+        _ => return number.to_string(),
+    };
+    let digits = whole.trim_start_matches('-');
+    if digits.len() < 6 {
+        return whole;
     }
+    let mut text = whole[..whole.len() - digits.len()].to_owned();
+    for (at, digit) in digits.chars().enumerate() {
+        if at > 0 && (digits.len() - at).is_multiple_of(3) {
+            text.push('_');
+        }
+        text.push(digit);
+    }
+    text
 }
 
 /// A schema's constant as it is written in a file.

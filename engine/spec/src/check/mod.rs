@@ -31,7 +31,12 @@ pub(crate) struct Checker<'a> {
 
 /// Checks a whole pipeline.
 pub(crate) fn check<'a>(tree: &'a Node, schema: &'a Schema) -> Checker<'a> {
-    let teachers = tree.get("teacher").map(Node::items).unwrap_or_default();
+    // A single table in place of the list is reported; its name counts all the same.
+    let teachers = tree.get("teacher").map(|node| match &node.value {
+        Value::Table(_) => std::slice::from_ref(node),
+        _ => node.items(),
+    });
+    let teachers = teachers.unwrap_or_default();
     let mut checker = Checker {
         root: schema,
         teachers: teachers.iter().filter_map(|teacher| teacher.get("name")?.as_str()).collect(),

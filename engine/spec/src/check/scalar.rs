@@ -223,6 +223,7 @@ fn equals(value: &Value, constant: &Schema) -> bool {
 fn shown(value: &Value) -> String {
     match value {
         Value::Integer(number) => number.to_string(),
+        Value::Float(number) if number.is_nan() => "nan".to_owned(),
         Value::Float(number) => format!("{number:?}"),
         other => other.type_name().to_owned(),
     }

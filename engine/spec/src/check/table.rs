@@ -33,9 +33,9 @@ impl<'a> Checker<'a> {
                     let keys: Vec<&str> = properties
                         .map(|properties| properties.keys().map(String::as_str).collect())
                         .unwrap_or_default();
-                    // A key that is there already is not what the unknown one was meant to be.
+                    // A key that is not there yet is the likelier one to have been meant.
                     let free = keys.iter().copied().filter(|key| node.get(key).is_none());
-                    let near = nearest(key, free);
+                    let near = nearest(key, free).or_else(|| nearest(key, keys.iter().copied()));
                     meant.extend(near);
                     self.unknown_key(key, child, &keys, near, chosen);
                 }
@@ -147,6 +147,9 @@ impl<'a> Checker<'a> {
         let what = match resolved {
             Some(schema) if at_top && is("object", schema) => format!("add a table `[{key}]`"),
             Some(schema) if at_top && schema.get("anyOf").is_some() => format!("add a table `[{key}]`"),
+            Some(schema) if schema.get("const").is_some_and(|constant| !constant.is_string()) => {
+                format!("add `{key} = {}`", schema["const"])
+            }
             _ => match form {
                 Some(form) => format!("add `{key} = ..`: {form}"),
                 None => format!("add `{key} = ..`"),

@@ -11,7 +11,7 @@ use super::{NAME_PATTERN, Params};
 #[schemars(extend("x-mcpipe-component" = "evaluation", "x-mcpipe-tag" = "kind"))]
 pub struct Evaluation {
     /// Name under which its results are recorded.
-    #[schemars(extend("pattern" = NAME_PATTERN))]
+    #[schemars(length(min = 1, max = 100), extend("pattern" = NAME_PATTERN))]
     pub name: String,
     /// What is measured.
     pub kind: String,

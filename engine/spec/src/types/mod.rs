@@ -38,7 +38,7 @@ pub struct Spec {
     #[schemars(extend("const" = 1))]
     pub version: u32,
     /// Name of the pipeline; it names the run directory.
-    #[schemars(extend("pattern" = NAME_PATTERN))]
+    #[schemars(length(min = 1, max = 100), extend("pattern" = NAME_PATTERN))]
     pub name: String,
     /// Seed of every random choice: initial weights, order of samples, augmentation, made data.
     #[serde(default)]

@@ -33,7 +33,7 @@ pub enum TeacherKind {
 #[serde(deny_unknown_fields)]
 pub struct TrainTeacher {
     /// Name by which the rest of the file refers to this teacher.
-    #[schemars(extend("pattern" = NAME_PATTERN))]
+    #[schemars(length(min = 1, max = 100), extend("pattern" = NAME_PATTERN))]
     pub name: String,
     /// The image tower.
     pub image: Tower,
@@ -61,7 +61,7 @@ pub struct TrainTeacher {
 #[serde(deny_unknown_fields)]
 pub struct LoadTeacher {
     /// Name by which the rest of the file refers to this teacher.
-    #[schemars(extend("pattern" = NAME_PATTERN))]
+    #[schemars(length(min = 1, max = 100), extend("pattern" = NAME_PATTERN))]
     pub name: String,
     /// The image tower. Absent: a teacher of text only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -86,7 +86,7 @@ pub struct LoadTeacher {
 #[serde(deny_unknown_fields)]
 pub struct EmaTeacher {
     /// Name by which the rest of the file refers to this teacher.
-    #[schemars(extend("pattern" = NAME_PATTERN))]
+    #[schemars(length(min = 1, max = 100), extend("pattern" = NAME_PATTERN))]
     pub name: String,
     /// How much of the average a step keeps.
     #[schemars(range(min = 0.0), extend("exclusiveMaximum" = 1))]
