@@ -140,12 +140,12 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// `p..p + LANES` is writable.
     unsafe fn store_ptr(self, p: *mut f32, v: Self::V);
-    /// Loads the first `n < LANES` elements; the other lanes are 0.
+    /// Loads the first `n <= LANES` elements; the other lanes are 0.
     ///
     /// # Safety
     /// `p..p + n` is readable.
     unsafe fn load_partial_ptr(self, p: *const f32, n: usize) -> Self::V;
-    /// Stores the first `n < LANES` lanes.
+    /// Stores the first `n <= LANES` lanes.
     ///
     /// # Safety
     /// `p..p + n` is writable.
@@ -499,8 +499,8 @@ mod x86 {
         }
         #[inline(always)]
         unsafe fn load_partial_ptr(self, p: *const f32, n: usize) -> __m256 {
-            debug_assert!(n < 8);
-            // SAFETY: n < 8 keeps the mask's load inside MASKS; masked lanes are not read.
+            debug_assert!(n <= 8);
+            // SAFETY: n <= 8 keeps the mask's load inside MASKS; masked lanes are not read.
             unsafe {
                 let mask = _mm256_loadu_si256(MASKS.as_ptr().add(8 - n).cast());
                 _mm256_maskload_ps(p, mask)
@@ -508,8 +508,8 @@ mod x86 {
         }
         #[inline(always)]
         unsafe fn store_partial_ptr(self, p: *mut f32, n: usize, v: __m256) {
-            debug_assert!(n < 8);
-            // SAFETY: n < 8 keeps the mask's load inside MASKS; masked lanes are not written.
+            debug_assert!(n <= 8);
+            // SAFETY: n <= 8 keeps the mask's load inside MASKS; masked lanes are not written.
             unsafe {
                 let mask = _mm256_loadu_si256(MASKS.as_ptr().add(8 - n).cast());
                 _mm256_maskstore_ps(p, mask, v)
@@ -560,7 +560,7 @@ mod x86 {
 #[macro_export]
 macro_rules! simd_fn {
     () => {};
-    ($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? = $kernel:path;
+    ($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? = $kernel:expr;
      $($rest:tt)*) => {
         $(#[$meta])*
         $vis fn $name(level: $crate::simd::Level, $($arg: $ty),*) $(-> $ret)? {
@@ -589,9 +589,11 @@ macro_rules! simd_fn {
         }
         $crate::simd_fn! { $($rest)* }
     };
-    ($(#[$meta:meta])* $vis:vis unsafe fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? = $kernel:path;
+    ($(#[$meta:meta])* $vis:vis unsafe fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? = $kernel:expr;
      $($rest:tt)*) => {
         $(#[$meta])*
+        // The kernel's name stands in an unsafe block: it has the same contract as this function.
+        #[allow(clippy::macro_metavars_in_unsafe)]
         $vis unsafe fn $name(level: $crate::simd::Level, $($arg: $ty),*) $(-> $ret)? {
             #[cfg(target_arch = "x86_64")]
             {

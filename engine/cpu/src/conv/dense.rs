@@ -6,14 +6,15 @@
 
 use super::Conv2d;
 use crate::gemm::kernel::{Product, product};
-use crate::gemm::merge;
 use crate::gemm::pack::{pack_b, packed_len};
 use crate::parallel::{Shared, for_each_task, part, tasks_for};
 use crate::workspace::Workspace;
 use std::ops::Range;
 
-/// Elements of padded input that a task works on at a time: about half of a second-level cache.
-const STRIP: usize = 128 << 10;
+/// Elements of padded input that a task works on at a time: a quarter of a second-level cache.
+const STRIP: usize = 64 << 10;
+/// From this many output channels on, the weights are packed: rows in place would lie pages apart.
+const WIDE: usize = 256;
 
 /// A convolution as the product driver sees it; also the one that is the transpose of a stride-1 convolution.
 #[derive(Clone, Copy)]
@@ -64,48 +65,57 @@ impl Geometry {
         (rows - 1) * self.stride + self.kh
     }
 
-    /// Output rows of a strip.
-    fn strip_rows(&self) -> usize {
+    /// Cuts the output into strips, for `tasks` tasks: rows of one image, or several whole images.
+    fn strips(&self, tasks: usize) -> Strips {
         let input_rows = (STRIP / self.row().max(1)).max(self.kh);
-        ((input_rows - self.kh) / self.stride + 1).min(self.out_h)
+        let rows = ((input_rows - self.kh) / self.stride + 1).min(self.out_h);
+        let image = self.image_len();
+        let images = if rows < self.out_h { 1 } else { (STRIP / image.max(1)).clamp(1, self.batch.div_ceil(tasks)) };
+        let per_image = self.out_h.div_ceil(rows);
+        let count = self.batch.div_ceil(images) * per_image;
+        let scratch = if self.padded() { images * self.rows_under(rows) * self.row() } else { 0 };
+        Strips { images, per_image, count, scratch }
     }
 
-    /// The strips of all images: (image, output rows), by flat index.
-    fn strips(&self) -> usize {
-        self.batch * self.out_h.div_ceil(self.strip_rows())
+    /// Elements from one (padded) input image to the next.
+    fn image_len(&self) -> usize {
+        if self.padded() { self.rows_under(self.out_h) * self.row() } else { self.h * self.row() }
     }
 
-    fn strip(&self, index: usize) -> (usize, Range<usize>) {
-        let each = self.out_h.div_ceil(self.strip_rows());
-        (index / each, part(self.out_h, 1, each, index % each))
+    fn strip(&self, strips: &Strips, index: usize) -> Strip {
+        let first = index / strips.per_image * strips.images;
+        Strip {
+            images: first..self.batch.min(first + strips.images),
+            rows: part(self.out_h, 1, strips.per_image, index % strips.per_image),
+        }
     }
 
-    /// Elements of scratch for the padded input of a strip.
-    fn scratch(&self) -> usize {
-        if self.padded() { self.rows_under(self.strip_rows()) * self.row() } else { 0 }
-    }
-
-    /// The input under output rows `rows` of image `n`, with padding: a slice of `x` where there is none, else a copy.
-    fn input<'a>(&self, x: &'a [f32], n: usize, rows: &Range<usize>, scratch: &'a mut [f32]) -> &'a [f32] {
-        let image = &x[n * self.h * self.w * self.c_in..][..self.h * self.w * self.c_in];
-        let (first, count) = (rows.start * self.stride, self.rows_under(rows.len()));
+    /// The input under a strip, with padding: a slice of `x` where there is none, else a copy. Rows lie
+    /// [`row`](Self::row) apart; where the strip is whole images, these lie [`image_len`](Self::image_len) apart.
+    fn input<'a>(&self, x: &'a [f32], strip: &Strip, scratch: &'a mut [f32]) -> &'a [f32] {
+        let image = self.h * self.w * self.c_in;
+        let (first, count) = (strip.rows.start * self.stride, self.rows_under(strip.rows.len()));
         if !self.padded() {
-            return &image[first * self.row()..(first + count) * self.row()];
+            let last = (strip.images.end - 1) * image + (first + count) * self.row();
+            return &x[strip.images.start * image + first * self.row()..last];
         }
         let side = self.pad_x * self.c_in;
         let inner = self.w * self.c_in;
-        let lines = &mut scratch[..count * self.row()];
-        for (i, line) in lines.chunks_exact_mut(self.row()).enumerate() {
-            match (first + i).checked_sub(self.pad_y).filter(|iy| *iy < self.h) {
-                None => line.fill(0.0),
-                Some(iy) => {
-                    line[..side].fill(0.0);
-                    line[side..side + inner].copy_from_slice(&image[iy * inner..(iy + 1) * inner]);
-                    line[side + inner..].fill(0.0);
+        let copies = &mut scratch[..strip.images.len() * count * self.row()];
+        for (n, lines) in strip.images.clone().zip(copies.chunks_exact_mut(count * self.row())) {
+            let image = &x[n * image..(n + 1) * image];
+            for (i, line) in lines.chunks_exact_mut(self.row()).enumerate() {
+                match (first + i).checked_sub(self.pad_y).filter(|iy| *iy < self.h) {
+                    None => line.fill(0.0),
+                    Some(iy) => {
+                        line[..side].fill(0.0);
+                        line[side..side + inner].copy_from_slice(&image[iy * inner..(iy + 1) * inner]);
+                        line[side + inner..].fill(0.0);
+                    }
                 }
             }
         }
-        lines
+        copies
     }
 
     fn flops(&self) -> u64 {
@@ -113,19 +123,50 @@ impl Geometry {
     }
 }
 
+/// How the output is cut into strips.
+struct Strips {
+    images: usize,
+    per_image: usize,
+    count: usize,
+    /// Elements of scratch for the padded input of one.
+    scratch: usize,
+}
+
+/// Output rows `rows` of each of `images`.
+struct Strip {
+    images: Range<usize>,
+    rows: Range<usize>,
+}
+
+/// Columns of the weight matrix that are moved together: whole cache lines on its side, as many streams on the other.
+const LANE: usize = 16;
+
+/// `out[r, c] = w[at(r) + c * stride]`: the weights as a matrix of `columns` columns.
+fn weight_matrix(w: &[f32], columns: usize, at: impl Fn(usize) -> usize, stride: usize, out: &mut [f32]) {
+    for first in (0..columns).step_by(LANE) {
+        let behind = columns.min(first + LANE);
+        for (r, line) in out.chunks_exact_mut(columns).enumerate() {
+            let from = w[at(r) + first * stride..].iter().step_by(stride);
+            line[first..behind].iter_mut().zip(from).for_each(|(v, w)| *v = *w);
+        }
+    }
+}
+
 /// `y = conv(x, w) + bias`.
 pub(super) fn forward(d: &Conv2d, x: &[f32], w: &[f32], bias: Option<&[f32]>, y: &mut [f32], ws: &mut Workspace) {
     // `[ky, kx, i, o]` from `[o, i, ky, kx]`.
-    let (o_stride, i_stride) = (d.c_in * d.kh * d.kw, d.kh * d.kw);
-    convolve(&Geometry::of(d), x, w, |k, i, o| o * o_stride + i * i_stride + k, false, bias, y, ws);
+    let taps = d.kh * d.kw;
+    let at = |r: usize| r % d.c_in * taps + r / d.c_in;
+    convolve(&Geometry::of(d), x, w, at, d.c_in * taps, false, bias, y, ws);
 }
 
-/// `y (+)= conv(x, w) + bias`, where `index(tap, i, o)` says where in `w` a weight stands.
+/// `y (+)= conv(x, w) + bias`, the weight of (tap, input channel) `r` and output channel `o` being `w[at(r) + o * stride]`.
 fn convolve(
     g: &Geometry,
     x: &[f32],
     w: &[f32],
-    index: impl Fn(usize, usize, usize) -> usize,
+    at: impl Fn(usize) -> usize,
+    stride: usize,
     accumulate: bool,
     bias: Option<&[f32]>,
     y: &mut [f32],
@@ -135,17 +176,13 @@ fn convolve(
         return;
     }
     let (level, k) = (ws.level(), g.kh * g.kw * g.c_in);
-    let strips = g.strips();
-    let tasks = tasks_for(g.flops()).min(strips);
-    let pack = g.c_out > 256;
+    let tasks = tasks_for(g.flops());
+    let strips = g.strips(tasks);
+    let tasks = tasks.min(strips.count);
+    let pack = g.c_out > WIDE;
     let packed = if pack { packed_len(level, k, g.c_out) } else { 0 };
-    let [weights, packed, scratch] = ws.split([k * g.c_out, packed, tasks * g.scratch()]);
-    for (r, line) in weights.chunks_exact_mut(g.c_out).enumerate() {
-        let (tap, i) = (r / g.c_in, r % g.c_in);
-        for (o, v) in line.iter_mut().enumerate() {
-            *v = w[index(tap, i, o)];
-        }
-    }
+    let [weights, packed, scratch] = ws.split([k * g.c_out, packed, tasks * strips.scratch]);
+    weight_matrix(w, g.c_out, at, stride, weights);
     if pack {
         pack_b(level, k, g.c_out, weights, g.c_out, 1, packed);
     }
@@ -153,34 +190,39 @@ fn convolve(
     let (out, scratch) = (Shared(y.as_mut_ptr()), Shared(scratch.as_mut_ptr()));
     for_each_task(tasks, |task| {
         // SAFETY: each task has its own part of the scratch.
-        let own = unsafe { std::slice::from_raw_parts_mut(scratch.ptr().add(task * g.scratch()), g.scratch()) };
-        for strip in part(strips, 1, tasks, task) {
-            let (n, rows) = g.strip(strip);
-            let input = g.input(x, n, &rows, own);
-            for oy in rows.clone() {
-                let at = (oy - rows.start) * g.stride * g.row();
-                let p = Product {
-                    m: g.out_w,
-                    n: g.c_out,
-                    segs: g.kh,
-                    seg_len: g.kw * g.c_in,
-                    a: input[at..at + (g.kh - 1) * g.row() + ((g.out_w - 1) * g.stride + g.kw) * g.c_in].as_ptr(),
-                    a_row: g.stride * g.c_in,
-                    a_col: 1,
-                    a_seg: g.row(),
-                    b: if pack { packed.as_ptr() } else { weights.as_ptr() },
-                    ldb: if pack { k } else { g.c_out },
-                    b_packed: pack,
-                    b_first: 0,
-                    // SAFETY: output row `oy` of image `n` lies inside `y`.
-                    c: unsafe { out.ptr().add((n * g.out_h + oy) * g.out_w * g.c_out) },
-                    ldc: g.c_out,
-                    alpha: 1.0,
-                    accumulate,
-                    bias: bias.map_or(std::ptr::null(), <[f32]>::as_ptr),
-                };
-                // SAFETY: the slice above covers A; B has k rows; strips, so output rows, are disjoint over tasks.
-                unsafe { product(level, &p) };
+        let own = unsafe { std::slice::from_raw_parts_mut(scratch.ptr().add(task * strips.scratch), strips.scratch) };
+        for index in part(strips.count, 1, tasks, task) {
+            let strip = g.strip(&strips, index);
+            let input = g.input(x, &strip, own);
+            for (i, n) in strip.images.clone().enumerate() {
+                for oy in strip.rows.clone() {
+                    let at = i * g.image_len() + (oy - strip.rows.start) * g.stride * g.row();
+                    let used = (g.kh - 1) * g.row() + ((g.out_w - 1) * g.stride + g.kw) * g.c_in;
+                    let p = Product {
+                        m: g.out_w,
+                        n: g.c_out,
+                        outers: 1,
+                        segs: g.kh,
+                        seg_len: g.kw * g.c_in,
+                        a: input[at..at + used].as_ptr(),
+                        a_row: g.stride * g.c_in,
+                        a_col: 1,
+                        a_seg: g.row(),
+                        a_outer: 0,
+                        b: if pack { packed.as_ptr() } else { weights.as_ptr() },
+                        ldb: if pack { k } else { g.c_out },
+                        b_packed: pack,
+                        b_first: 0,
+                        // SAFETY: output row `oy` of image `n` lies inside `y`.
+                        c: unsafe { out.ptr().add((n * g.out_h + oy) * g.out_w * g.c_out) },
+                        ldc: g.c_out,
+                        alpha: 1.0,
+                        accumulate,
+                        bias: bias.map_or(std::ptr::null(), <[f32]>::as_ptr),
+                    };
+                    // SAFETY: the slice above covers A; B has k rows; strips, so output rows, are disjoint over tasks.
+                    unsafe { product(level, &p) };
+                }
             }
         }
     });
@@ -205,8 +247,8 @@ pub(super) fn backward_data(d: &Conv2d, w: &[f32], dy: &[f32], dx: &mut [f32], a
             pad_y: d.kh - 1 - d.pad,
             pad_x: d.kw - 1 - d.pad,
         };
-        let o_stride = d.c_in * taps;
-        convolve(&g, dy, w, |k, o, i| o * o_stride + i * taps + (taps - 1 - k), accumulate, None, dx, ws);
+        let at = |r: usize| r % d.c_out * d.c_in * taps + (taps - 1 - r / d.c_out);
+        convolve(&g, dy, w, at, taps, accumulate, None, dx, ws);
     } else {
         scatter(d, w, dy, dx, accumulate, ws);
     }
@@ -231,9 +273,10 @@ fn scatter(d: &Conv2d, w: &[f32], dy: &[f32], dx: &mut [f32], accumulate: bool, 
     let taken = strip * g.out_w * columns;
     let packed = packed_len(level, d.c_out, columns);
     let [weights, packed, scratch] = ws.split([d.c_out * columns, packed, tasks * taken]);
-    for (o, line) in weights.chunks_exact_mut(columns).enumerate() {
-        for (j, v) in line.iter_mut().enumerate() {
-            *v = w[(o * d.c_in + j % d.c_in) * d.kh * d.kw + j / d.c_in];
+    let taps = d.kh * d.kw;
+    for (kernel, line) in w.chunks_exact(columns).zip(weights.chunks_exact_mut(columns)) {
+        for (tap, line) in line.chunks_exact_mut(d.c_in).enumerate() {
+            line.iter_mut().zip(kernel[tap..].iter().step_by(taps)).for_each(|(v, w)| *v = *w);
         }
     }
     pack_b(level, d.c_out, columns, weights, columns, 1, packed);
@@ -251,12 +294,14 @@ fn scatter(d: &Conv2d, w: &[f32], dy: &[f32], dx: &mut [f32], accumulate: bool, 
                 let p = Product {
                     m: rows.len() * g.out_w,
                     n: columns,
+                    outers: 1,
                     segs: 1,
                     seg_len: d.c_out,
                     a: dy[(n * g.out_h + oy) * g.out_w * d.c_out..].as_ptr(),
                     a_row: d.c_out,
                     a_col: 1,
                     a_seg: 0,
+                    a_outer: 0,
                     b: packed.as_ptr(),
                     ldb: d.c_out,
                     b_packed: true,
@@ -306,37 +351,45 @@ pub(super) fn backward_weights(d: &Conv2d, x: &[f32], dy: &[f32], dw: &mut [f32]
     if dy.is_empty() || dw.is_empty() {
         return;
     }
-    let k = d.kh * d.kw * d.c_in;
-    let strips = g.strips();
     // One partial per thread: each is as large as the weights, and has to be summed again.
-    let tasks = tasks_for(g.flops()).min(rayon::current_num_threads()).min(strips);
-    let [partials, sum, scratch] = ws.split([tasks * k * d.c_out, k * d.c_out, tasks * g.scratch()]);
+    let tasks = tasks_for(g.flops()).min(rayon::current_num_threads());
+    let strips = g.strips(tasks);
+    let tasks = tasks.min(strips.count);
+    let len = d.weights();
+    let [partials, scratch] = ws.split([tasks * len, tasks * strips.scratch]);
     let (out, scratch) = (Shared(partials.as_mut_ptr()), Shared(scratch.as_mut_ptr()));
     for_each_task(tasks, |task| {
         // SAFETY: each task has its own part of the scratch and its own partial.
         let (own, partial) = unsafe {
             (
-                std::slice::from_raw_parts_mut(scratch.ptr().add(task * g.scratch()), g.scratch()),
-                std::slice::from_raw_parts_mut(out.ptr().add(task * k * d.c_out), k * d.c_out),
+                std::slice::from_raw_parts_mut(scratch.ptr().add(task * strips.scratch), strips.scratch),
+                std::slice::from_raw_parts_mut(out.ptr().add(task * len), len),
             )
         };
         let segment = d.kw * d.c_in;
-        for (i, strip) in part(strips, 1, tasks, task).enumerate() {
-            let (n, rows) = g.strip(strip);
-            let input = g.input(x, n, &rows, own);
-            let dy = &dy[(n * g.out_h + rows.start) * g.out_w * d.c_out..];
+        for (i, index) in part(strips.count, 1, tasks, task).enumerate() {
+            let strip = g.strip(&strips, index);
+            let input = g.input(x, &strip, own);
+            let (images, rows) = (strip.images.len(), strip.rows.len());
+            let first = (strip.images.start * g.out_h + strip.rows.start) * g.out_w * d.c_out;
+            let dy = &dy[first..first + images * rows * g.out_w * d.c_out];
+            let used = (images - 1) * g.image_len()
+                + (rows - 1) * d.stride * g.row()
+                + (g.out_w - 1) * d.stride * d.c_in
+                + segment;
             for ky in 0..d.kh {
-                let used = (rows.len() - 1) * d.stride * g.row() + (g.out_w - 1) * d.stride * d.c_in + segment;
                 let p = Product {
                     m: segment,
                     n: d.c_out,
-                    segs: rows.len(),
+                    outers: images,
+                    segs: rows,
                     seg_len: g.out_w,
                     a: input[ky * g.row()..ky * g.row() + used].as_ptr(),
                     a_row: 1,
                     a_col: d.stride * d.c_in,
                     a_seg: d.stride * g.row(),
-                    b: dy[..rows.len() * g.out_w * d.c_out].as_ptr(),
+                    a_outer: g.image_len(),
+                    b: dy.as_ptr(),
                     ldb: d.c_out,
                     b_packed: false,
                     b_first: 0,
@@ -351,11 +404,35 @@ pub(super) fn backward_weights(d: &Conv2d, x: &[f32], dy: &[f32], dw: &mut [f32]
             }
         }
     });
-    merge(partials, false, sum);
-    // `[o, i, ky, kx]` from `[ky, kx, i, o]`.
-    let taps = d.kh * d.kw;
-    for (at, v) in dw.iter_mut().enumerate() {
-        let (o, i, tap) = (at / (d.c_in * taps), at / taps % d.c_in, at % taps);
-        *v += sum[(tap * d.c_in + i) * d.c_out + o];
+    add_weights(d, partials, dw);
+}
+
+/// `dw[o, i, ky, kx] += sum of the partials' [ky, kx, i, o]`, in their order.
+fn add_weights(d: &Conv2d, partials: &[f32], dw: &mut [f32]) {
+    let (taps, len) = (d.kh * d.kw, d.weights());
+    let kernel = d.c_in * taps;
+    let blocks = d.c_out.div_ceil(LANE);
+    let out = Shared(dw.as_mut_ptr());
+    let body = |block: usize| {
+        let columns = block * LANE..d.c_out.min((block + 1) * LANE);
+        // SAFETY: the kernels of a block of output channels belong to one call.
+        let own =
+            unsafe { std::slice::from_raw_parts_mut(out.ptr().add(columns.start * kernel), columns.len() * kernel) };
+        for i in 0..d.c_in {
+            for tap in 0..taps {
+                let mut sums = [0.0f32; LANE];
+                for partial in partials.chunks_exact(len) {
+                    let line = &partial[(tap * d.c_in + i) * d.c_out..][columns.clone()];
+                    sums.iter_mut().zip(line).for_each(|(sum, v)| *sum += v);
+                }
+                let to = own[i * taps + tap..].iter_mut().step_by(kernel);
+                to.zip(sums).for_each(|(v, sum)| *v += sum);
+            }
+        }
+    };
+    if partials.len() < 1 << 15 {
+        (0..blocks).for_each(body);
+    } else {
+        for_each_task(blocks, body);
     }
 }

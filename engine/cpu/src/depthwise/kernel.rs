@@ -1,6 +1,6 @@
 //! The register blocks of depthwise convolution.
 
-use crate::simd::Simd;
+use crate::simd::{Level, Simd};
 use crate::simd_fn;
 
 /// One row of a correlation's output, or of its transpose's.
@@ -126,43 +126,52 @@ unsafe fn forward_block<
     }
 }
 
+/// Columns outside, channels inside: memory is then read and written in order.
 #[inline(always)]
-fn forward_row<S: Simd, const K: usize, const ST: usize, const TAIL: bool>(
-    s: S,
-    line: &Line,
-    y: &mut [f32],
-    c: usize,
-    n: usize,
-) {
-    let out_w = y.len() / line.channels;
+fn forward_row<S: Simd, const K: usize, const ST: usize>(s: S, line: &Line, y: &mut [f32]) {
+    line.check(y);
+    assert!(line.kh == K && line.kw == K && line.stride == ST);
+    let channels = line.channels;
+    let whole = channels - channels % S::LANES;
+    let out_w = y.len() / channels;
     let y = y.as_mut_ptr();
+    let inside = |ox: usize, n: usize| ox * ST >= line.pad && (ox + n - 1) * ST + K <= line.w + line.pad;
     let mut ox = 0;
-    macro_rules! run {
-        ($n:literal) => {
-            while out_w - ox >= $n {
-                let inside = ox * ST >= line.pad && (ox + $n - 1) * ST + K <= line.w + line.pad;
-                // SAFETY: columns `ox..ox + N` exist, the line was checked, `inside` is what EDGE asks.
-                unsafe {
-                    if inside {
-                        forward_block::<S, K, ST, $n, TAIL, false>(s, line, y, ox, c, n);
-                    } else {
-                        forward_block::<S, K, ST, $n, TAIL, true>(s, line, y, ox, c, n);
+    // SAFETY: columns `ox..ox + N` exist, the line was checked, blocks without EDGE are inside.
+    unsafe {
+        while ox < out_w {
+            if S::LANES == 16 && out_w - ox >= 8 && inside(ox, 8) {
+                for c in (0..whole).step_by(S::LANES) {
+                    forward_block::<S, K, ST, 8, false, false>(s, line, y, ox, c, 0);
+                }
+                if whole < channels {
+                    for o in [ox, ox + 4] {
+                        forward_block::<S, K, ST, 4, true, true>(s, line, y, o, whole, channels - whole);
                     }
                 }
-                ox += $n;
+                ox += 8;
+            } else if out_w - ox >= 4 {
+                for c in (0..whole).step_by(S::LANES) {
+                    forward_block::<S, K, ST, 4, false, true>(s, line, y, ox, c, 0);
+                }
+                if whole < channels {
+                    forward_block::<S, K, ST, 4, true, true>(s, line, y, ox, whole, channels - whole);
+                }
+                ox += 4;
+            } else {
+                for c in (0..channels).step_by(S::LANES) {
+                    forward_block::<S, K, ST, 1, true, true>(s, line, y, ox, c, S::LANES.min(channels - c));
+                }
+                ox += 1;
             }
-        };
+        }
     }
-    if S::LANES == 16 {
-        run!(8);
-    }
-    run!(4);
-    run!(1);
 }
 
 /// Any size, one column at a time.
 #[inline(always)]
 fn forward_any<S: Simd>(s: S, line: &Line, y: &mut [f32]) {
+    line.check(y);
     let channels = line.channels;
     for (ox, pixel) in y.chunks_exact_mut(channels).enumerate() {
         for c in (0..channels).step_by(S::LANES) {
@@ -186,47 +195,12 @@ fn forward_any<S: Simd>(s: S, line: &Line, y: &mut [f32]) {
     }
 }
 
-/// Runs `$row::<S, K, ST, TAIL>` over all vectors of channels.
-macro_rules! over_channels {
-    ($s:ident, $channels:expr, |$c:ident, $n:ident| $row:ident::<$k:literal, $st:literal>($($arg:expr),*)) => {{
-        let mut $c = 0;
-        while $c + S::LANES <= $channels {
-            let $n = S::LANES;
-            $row::<S, $k, $st, false>($s, $($arg),*, $c, $n);
-            $c += S::LANES;
-        }
-        if $c < $channels {
-            let $n = $channels - $c;
-            $row::<S, $k, $st, true>($s, $($arg),*, $c, $n);
-        }
-    }};
-}
-
-#[inline(always)]
-fn forward_impl<S: Simd>(s: S, line: &Line, y: &mut [f32]) {
-    line.check(y);
-    macro_rules! run {
-        ($k:literal, $st:literal) => {
-            over_channels!(s, line.channels, |c, n| forward_row::<$k, $st>(line, y))
-        };
-    }
-    match (line.kh, line.kw, line.stride) {
-        (3, 3, 1) => run!(3, 1),
-        (3, 3, 2) => run!(3, 2),
-        (5, 5, 1) => run!(5, 1),
-        (5, 5, 2) => run!(5, 2),
-        (7, 7, 1) => run!(7, 1),
-        (7, 7, 2) => run!(7, 2),
-        _ => forward_any(s, line, y),
-    }
-}
-
 /// Columns `ix..ix + N` (`ix` even) of a row of a stride-2 transpose with padding `K / 2`, channels from `c` on.
 ///
 /// # Safety
 /// As for [`forward_block`].
 #[inline(always)]
-unsafe fn transposed_block<S: Simd, const K: usize, const N: usize, const TAIL: bool, const EDGE: bool>(
+unsafe fn transposed_block<S: Simd, const K: usize, const N: usize, const TAIL: bool>(
     s: S,
     line: &Line,
     dx: *mut f32,
@@ -250,7 +224,7 @@ unsafe fn transposed_block<S: Simd, const K: usize, const N: usize, const TAIL: 
             let row = line.image.as_ptr().add(row * line.w * channels + c);
             for j in 0..(N - 1 + pad) / 2 + before + 1 {
                 let ox = left.wrapping_add(j);
-                if EDGE && ox >= line.w {
+                if ox >= line.w {
                     continue;
                 }
                 let v = get::<S, TAIL>(s, row.add(ox * channels), n);
@@ -269,45 +243,41 @@ unsafe fn transposed_block<S: Simd, const K: usize, const N: usize, const TAIL: 
     }
 }
 
-/// `ST` is 2; the parameter only keeps the form of [`forward_row`].
+/// The stride-2 transpose with padding `K / 2`; see [`forward_row`].
 #[inline(always)]
-fn transposed_row<S: Simd, const K: usize, const ST: usize, const TAIL: bool>(
-    s: S,
-    line: &Line,
-    dx: &mut [f32],
-    c: usize,
-    n: usize,
-) {
-    let (width, pad) = (dx.len() / line.channels, K / 2);
+fn transposed_row<S: Simd, const K: usize>(s: S, line: &Line, dx: &mut [f32]) {
+    line.check(dx);
+    assert!(line.kh == K && line.kw == K && line.stride == 2 && line.pad == K / 2);
+    let channels = line.channels;
+    let whole = channels - channels % S::LANES;
+    let width = dx.len() / channels;
     let dx = dx.as_mut_ptr();
     let mut ix = 0;
-    macro_rules! run {
-        ($n:literal) => {
-            while width - ix >= $n {
-                let inside = ix / 2 >= pad / 2 && ix / 2 + ($n - 1 + pad) / 2 < line.w;
-                // SAFETY: columns `ix..ix + N` exist, the line was checked, `inside` is what EDGE asks.
-                unsafe {
-                    if inside {
-                        transposed_block::<S, K, $n, TAIL, false>(s, line, dx, ix, c, n);
-                    } else {
-                        transposed_block::<S, K, $n, TAIL, true>(s, line, dx, ix, c, n);
-                    }
+    // SAFETY: columns `ix..ix + N` exist and the line was checked.
+    unsafe {
+        while ix < width {
+            let left = width - ix;
+            for c in (0..channels).step_by(S::LANES) {
+                match (left, c < whole) {
+                    (4.., true) => transposed_block::<S, K, 4, false>(s, line, dx, ix, c, 0),
+                    (4.., false) => transposed_block::<S, K, 4, true>(s, line, dx, ix, c, channels - whole),
+                    (2.., _) => transposed_block::<S, K, 2, true>(s, line, dx, ix, c, S::LANES.min(channels - c)),
+                    _ => transposed_block::<S, K, 1, true>(s, line, dx, ix, c, S::LANES.min(channels - c)),
                 }
-                ix += $n;
             }
-        };
+            ix += match left {
+                4.. => 4,
+                2.. => 2,
+                _ => 1,
+            };
+        }
     }
-    if S::LANES == 16 {
-        run!(8);
-    }
-    run!(4);
-    run!(2);
-    run!(1);
 }
 
 /// Any size, one column at a time.
 #[inline(always)]
 fn transposed_any<S: Simd>(s: S, line: &Line, dx: &mut [f32]) {
+    line.check(dx);
     let channels = line.channels;
     for (ix, pixel) in dx.chunks_exact_mut(channels).enumerate() {
         for c in (0..channels).step_by(S::LANES) {
@@ -332,22 +302,6 @@ fn transposed_any<S: Simd>(s: S, line: &Line, dx: &mut [f32]) {
             let acc = if line.accumulate { s.add(s.load_partial(out), acc) } else { acc };
             s.store_partial(out, acc);
         }
-    }
-}
-
-#[inline(always)]
-fn transposed_impl<S: Simd>(s: S, line: &Line, dx: &mut [f32]) {
-    line.check(dx);
-    macro_rules! run {
-        ($k:literal) => {
-            over_channels!(s, line.channels, |c, n| transposed_row::<$k, 2>(line, dx))
-        };
-    }
-    match (line.kh, line.kw, line.stride, line.pad) {
-        (3, 3, 2, 1) => run!(3),
-        (5, 5, 2, 2) => run!(5),
-        (7, 7, 2, 3) => run!(7),
-        _ => transposed_any(s, line, dx),
     }
 }
 
@@ -440,76 +394,58 @@ unsafe fn weights_block<
     }
 }
 
-/// All kernel rows, `KB` at a time, for one vector of channels.
+/// All kernel rows, `KB` at a time: all three of a 3x3 kernel; of the larger ones, whose sums would not leave registers
+/// for the rest, one.
 #[inline(always)]
-fn weights_channels<S: Simd, const K: usize, const KB: usize, const ST: usize, const TAIL: bool>(
-    s: S,
-    strip: &Strip,
-    sum: &mut [f32],
-    c: usize,
-    n: usize,
-) {
+fn weights_strip<S: Simd, const K: usize, const KB: usize, const ST: usize>(s: S, strip: &Strip, sum: &mut [f32]) {
+    strip.check(sum);
+    assert!(strip.kh == K && strip.kw == K && strip.stride == ST && K.is_multiple_of(KB));
+    let (channels, out_w, pad) = (strip.channels, strip.out_w, strip.pad);
+    let whole = channels - channels % S::LANES;
     let sum = sum.as_mut_ptr();
-    for ky0 in (0..K).step_by(KB) {
-        let mut acc = [[s.zero(); K]; KB];
-        for r in 0..strip.rows() {
-            let mut ox = 0;
-            macro_rules! run {
-                ($n:literal) => {
-                    while strip.out_w - ox >= $n {
-                        let inside = ox * ST >= strip.pad && (ox + $n - 1) * ST + K <= strip.w + strip.pad;
-                        // SAFETY: columns `ox..ox + N` exist, the strip was checked, `inside` is what EDGE asks.
-                        unsafe {
-                            if inside {
-                                weights_block::<S, K, KB, ST, $n, TAIL, false>(s, strip, &mut acc, r, ky0, ox, c, n);
-                            } else {
-                                weights_block::<S, K, KB, ST, $n, TAIL, true>(s, strip, &mut acc, r, ky0, ox, c, n);
+    for c in (0..channels).step_by(S::LANES) {
+        let n = S::LANES.min(channels - c);
+        for ky0 in (0..K).step_by(KB) {
+            let mut acc = [[s.zero(); K]; KB];
+            for r in 0..strip.rows() {
+                let mut ox = 0;
+                // SAFETY: columns `ox..ox + N` exist, the strip was checked, blocks without EDGE are inside.
+                unsafe {
+                    while out_w - ox >= 4 {
+                        let inside = ox * ST >= pad && (ox + 3) * ST + K <= strip.w + pad;
+                        match (c < whole, inside) {
+                            (true, true) => {
+                                weights_block::<S, K, KB, ST, 4, false, false>(s, strip, &mut acc, r, ky0, ox, c, n);
+                            }
+                            (true, false) => {
+                                weights_block::<S, K, KB, ST, 4, false, true>(s, strip, &mut acc, r, ky0, ox, c, n);
+                            }
+                            (false, _) => {
+                                weights_block::<S, K, KB, ST, 4, true, true>(s, strip, &mut acc, r, ky0, ox, c, n);
                             }
                         }
-                        ox += $n;
+                        ox += 4;
                     }
-                };
+                    while ox < out_w {
+                        weights_block::<S, K, KB, ST, 1, true, true>(s, strip, &mut acc, r, ky0, ox, c, n);
+                        ox += 1;
+                    }
+                }
             }
-            run!(4);
-            run!(1);
-        }
-        for k in 0..KB {
-            for kx in 0..K {
-                // SAFETY: tap `(ky0 + k, kx)` and `n` channels from `c` lie in the checked sums.
-                unsafe {
-                    put::<S, TAIL>(s, sum.add(((ky0 + k) * K + kx) * strip.channels + c), n, acc[k][kx], true);
+            for k in 0..KB {
+                for kx in 0..K {
+                    // SAFETY: tap `(ky0 + k, kx)` and `n` channels from `c` lie in the checked sums.
+                    unsafe { put::<S, true>(s, sum.add(((ky0 + k) * K + kx) * channels + c), n, acc[k][kx], true) };
                 }
             }
         }
     }
 }
 
-/// One kernel row of five or seven at a time: 25 sums would not leave registers for the rest.
-#[inline(always)]
-fn weights_by_row<S: Simd, const K: usize, const ST: usize, const TAIL: bool>(
-    s: S,
-    strip: &Strip,
-    sum: &mut [f32],
-    c: usize,
-    n: usize,
-) {
-    weights_channels::<S, K, 1, ST, TAIL>(s, strip, sum, c, n);
-}
-
-#[inline(always)]
-fn weights_of_three<S: Simd, const K: usize, const ST: usize, const TAIL: bool>(
-    s: S,
-    strip: &Strip,
-    sum: &mut [f32],
-    c: usize,
-    n: usize,
-) {
-    weights_channels::<S, K, K, ST, TAIL>(s, strip, sum, c, n);
-}
-
 /// Any size, one tap at a time.
 #[inline(always)]
 fn weights_any<S: Simd>(s: S, strip: &Strip, sum: &mut [f32]) {
+    strip.check(sum);
     let channels = strip.channels;
     for ky in 0..strip.kh {
         for kx in 0..strip.kw {
@@ -534,30 +470,60 @@ fn weights_any<S: Simd>(s: S, strip: &Strip, sum: &mut [f32]) {
     }
 }
 
-#[inline(always)]
-fn weights_impl<S: Simd>(s: S, strip: &Strip, sum: &mut [f32]) {
-    strip.check(sum);
-    macro_rules! run {
-        ($kernel:ident, $k:literal, $st:literal) => {
-            over_channels!(s, strip.channels, |c, n| $kernel::<$k, $st>(strip, sum))
-        };
-    }
-    match (strip.kh, strip.kw, strip.stride) {
-        (3, 3, 1) => run!(weights_of_three, 3, 1),
-        (3, 3, 2) => run!(weights_of_three, 3, 2),
-        (5, 5, 1) => run!(weights_by_row, 5, 1),
-        (5, 5, 2) => run!(weights_by_row, 5, 2),
-        (7, 7, 1) => run!(weights_by_row, 7, 1),
-        (7, 7, 2) => run!(weights_by_row, 7, 2),
-        _ => weights_any(s, strip, sum),
+// One function for each size: a compiler's time grows faster than a function.
+simd_fn! {
+    fn forward_3_1(line: &Line, y: &mut [f32]) = forward_row::<_, 3, 1>;
+    fn forward_3_2(line: &Line, y: &mut [f32]) = forward_row::<_, 3, 2>;
+    fn forward_5_1(line: &Line, y: &mut [f32]) = forward_row::<_, 5, 1>;
+    fn forward_5_2(line: &Line, y: &mut [f32]) = forward_row::<_, 5, 2>;
+    fn forward_7_1(line: &Line, y: &mut [f32]) = forward_row::<_, 7, 1>;
+    fn forward_7_2(line: &Line, y: &mut [f32]) = forward_row::<_, 7, 2>;
+    fn forward_other(line: &Line, y: &mut [f32]) = forward_any;
+    fn transposed_3(line: &Line, dx: &mut [f32]) = transposed_row::<_, 3>;
+    fn transposed_5(line: &Line, dx: &mut [f32]) = transposed_row::<_, 5>;
+    fn transposed_7(line: &Line, dx: &mut [f32]) = transposed_row::<_, 7>;
+    fn transposed_other(line: &Line, dx: &mut [f32]) = transposed_any;
+    fn weights_3_1(strip: &Strip, sum: &mut [f32]) = weights_strip::<_, 3, 3, 1>;
+    fn weights_3_2(strip: &Strip, sum: &mut [f32]) = weights_strip::<_, 3, 3, 2>;
+    fn weights_5_1(strip: &Strip, sum: &mut [f32]) = weights_strip::<_, 5, 1, 1>;
+    fn weights_5_2(strip: &Strip, sum: &mut [f32]) = weights_strip::<_, 5, 1, 2>;
+    fn weights_7_1(strip: &Strip, sum: &mut [f32]) = weights_strip::<_, 7, 1, 1>;
+    fn weights_7_2(strip: &Strip, sum: &mut [f32]) = weights_strip::<_, 7, 1, 2>;
+    fn weights_other(strip: &Strip, sum: &mut [f32]) = weights_any;
+}
+
+/// One output row of a correlation.
+pub(super) fn forward(level: Level, line: &Line, y: &mut [f32]) {
+    match (line.kh, line.kw, line.stride) {
+        (3, 3, 1) => forward_3_1(level, line, y),
+        (3, 3, 2) => forward_3_2(level, line, y),
+        (5, 5, 1) => forward_5_1(level, line, y),
+        (5, 5, 2) => forward_5_2(level, line, y),
+        (7, 7, 1) => forward_7_1(level, line, y),
+        (7, 7, 2) => forward_7_2(level, line, y),
+        _ => forward_other(level, line, y),
     }
 }
 
-simd_fn! {
-    /// One output row of a correlation.
-    pub(super) fn forward(line: &Line, y: &mut [f32]) = forward_impl;
-    /// One row of the transpose of a strided correlation.
-    pub(super) fn transposed(line: &Line, dx: &mut [f32]) = transposed_impl;
-    /// `sum[ky, kx, c] +=` the strip's share of the weight gradient.
-    pub(super) fn weights(strip: &Strip, sum: &mut [f32]) = weights_impl;
+/// One row of the transpose of a strided correlation.
+pub(super) fn transposed(level: Level, line: &Line, dx: &mut [f32]) {
+    match (line.kh, line.kw, line.stride, line.pad) {
+        (3, 3, 2, 1) => transposed_3(level, line, dx),
+        (5, 5, 2, 2) => transposed_5(level, line, dx),
+        (7, 7, 2, 3) => transposed_7(level, line, dx),
+        _ => transposed_other(level, line, dx),
+    }
+}
+
+/// `sum[ky, kx, c] +=` the strip's share of the weight gradient.
+pub(super) fn weights(level: Level, strip: &Strip, sum: &mut [f32]) {
+    match (strip.kh, strip.kw, strip.stride) {
+        (3, 3, 1) => weights_3_1(level, strip, sum),
+        (3, 3, 2) => weights_3_2(level, strip, sum),
+        (5, 5, 1) => weights_5_1(level, strip, sum),
+        (5, 5, 2) => weights_5_2(level, strip, sum),
+        (7, 7, 1) => weights_7_1(level, strip, sum),
+        (7, 7, 2) => weights_7_2(level, strip, sum),
+        _ => weights_other(level, strip, sum),
+    }
 }

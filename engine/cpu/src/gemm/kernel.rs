@@ -5,19 +5,21 @@
 //! (a kernel row of a convolution, an output row of its weight gradient): that makes convolution a matrix product
 //! without im2col.
 
-use crate::simd::Simd;
+use crate::simd::{Level, Simd};
 use crate::simd_fn;
 
 /// Widest panel of B, in vectors.
 const MAX_PANEL: usize = 3;
 /// Rows of A that stay in the nearest caches while the panels of B pass.
 const ROW_BLOCK: usize = 48;
+/// Elements of B that are gone over again for each block of rows: about half of a second-level cache.
+const B_BLOCK: usize = 128 << 10;
 
 /// One product, by raw pointers. Strides are in elements.
 ///
-/// - `A(i, s, k) = a[i * a_row + s * a_seg + k * a_col]` for segment `s < segs` and `k < seg_len`; one of `a_row` and
-///   `a_col` is 1.
-/// - B has `segs * seg_len` rows. In place (`b_packed == false`): `B(k, j) = b[k * ldb + j]`. Packed: panels as
+/// - `A(i, o, s, k) = a[i * a_row + o * a_outer + s * a_seg + k * a_col]` for `o < outers`, segment `s < segs` and
+///   `k < seg_len`.
+/// - B has `outers * segs * seg_len` rows, in that order. In place (`b_packed == false`): `B(k, j) = b[k * ldb + j]`. Packed: panels as
 ///   [`next_panel`] cuts them; the one at column `j0` is `ldb` rows of its full width from `b[j0 * ldb]`, and the
 ///   product uses its rows from `b_first` on. Padding columns are not read.
 /// - `C(i, j) = c[i * ldc + j]`.
@@ -25,12 +27,14 @@ const ROW_BLOCK: usize = 48;
 pub(crate) struct Product {
     pub m: usize,
     pub n: usize,
+    pub outers: usize,
     pub segs: usize,
     pub seg_len: usize,
     pub a: *const f32,
     pub a_row: usize,
     pub a_col: usize,
     pub a_seg: usize,
+    pub a_outer: usize,
     pub b: *const f32,
     pub ldb: usize,
     pub b_packed: bool,
@@ -55,65 +59,70 @@ pub(crate) fn next_panel(left: usize) -> usize {
     }
 }
 
-/// A tile of MR rows by NV vectors. `ROW`: A is row-major (`a_col == 1`), else `a_row == 1`. `TAIL`: the last vector
-/// has only `last` lanes (of C, and of B where it is not packed).
-///
-/// # Safety
-/// The product's pointers cover the tile: A's MR rows, B's rows, C's MR rows of NV vectors (`last` lanes in the last).
-#[inline(always)]
-unsafe fn tile<S: Simd, const MR: usize, const NV: usize, const ROW: bool, const TAIL: bool>(
-    s: S,
-    p: &Product,
-    a: *const f32,
+/// Rows of A and one panel of B.
+#[derive(Clone, Copy)]
+struct Panel<'a> {
+    p: &'a Product,
+    first_row: usize,
+    behind_row: usize,
+    /// The panel's first row, rows `ldb` apart.
     b: *const f32,
     ldb: usize,
-    c: *mut f32,
-    bias: *const f32,
+    /// Its first column, in C.
+    col: usize,
+    /// Columns that exist in its last vector.
     last: usize,
-) {
-    let lanes = S::LANES;
+}
+
+/// A tile of MR rows from `row` on by NV vectors. `TAIL`: the last vector is not whole.
+///
+/// # Safety
+/// As for [`product`]; the rows and the panel lie inside the product.
+#[inline(always)]
+unsafe fn tile<S: Simd, const MR: usize, const NV: usize, const TAIL: bool>(s: S, panel: &Panel, row: usize) {
+    let (lanes, p, last) = (S::LANES, panel.p, panel.last);
     let mut acc = [[s.zero(); NV]; MR];
-    let mut b = b;
-    let (a_row, a_col) = if ROW { (p.a_row, 1) } else { (1, p.a_col) };
     // SAFETY: every access is inside the tile that the caller's contract covers.
     unsafe {
-        for seg in 0..p.segs {
-            let mut ak = a.add(seg * p.a_seg);
-            for _ in 0..p.seg_len {
-                let mut bv = [s.zero(); NV];
-                for j in 0..NV {
-                    bv[j] = if TAIL && j == NV - 1 {
-                        s.load_partial_ptr(b.add(j * lanes), last)
-                    } else {
-                        s.load_ptr(b.add(j * lanes))
-                    };
-                }
-                for i in 0..MR {
-                    let av = s.splat(*ak.add(i * a_row));
+        let mut b = panel.b;
+        for outer in 0..p.outers {
+            for seg in 0..p.segs {
+                let mut a = p.a.add(row * p.a_row + outer * p.a_outer + seg * p.a_seg);
+                for _ in 0..p.seg_len {
+                    let mut bv = [s.zero(); NV];
                     for j in 0..NV {
-                        acc[i][j] = s.fma(av, bv[j], acc[i][j]);
+                        bv[j] = if TAIL && j == NV - 1 {
+                            s.load_partial_ptr(b.add(j * lanes), last)
+                        } else {
+                            s.load_ptr(b.add(j * lanes))
+                        };
                     }
+                    for i in 0..MR {
+                        let av = s.splat(*a.add(i * p.a_row));
+                        for j in 0..NV {
+                            acc[i][j] = s.fma(av, bv[j], acc[i][j]);
+                        }
+                    }
+                    a = a.add(p.a_col);
+                    b = b.add(panel.ldb);
                 }
-                ak = ak.add(a_col);
-                b = b.add(ldb);
             }
         }
+        let c = p.c.add(row * p.ldc + panel.col);
         let alpha = s.splat(p.alpha);
         for j in 0..NV {
             let tail = TAIL && j == NV - 1;
-            let add = if bias.is_null() {
-                s.zero()
-            } else if tail {
-                s.load_partial_ptr(bias.add(j * lanes), last)
-            } else {
-                s.load_ptr(bias.add(j * lanes))
+            let bias = p.bias.wrapping_add(panel.col + j * lanes);
+            let add = match (p.bias.is_null(), tail) {
+                (true, _) => s.zero(),
+                (false, true) => s.load_partial_ptr(bias, last),
+                (false, false) => s.load_ptr(bias),
             };
             for i in 0..MR {
                 let at = c.add(i * p.ldc + j * lanes);
                 let mut v = s.fma(acc[i][j], alpha, add);
                 if p.accumulate {
-                    let old = if tail { s.load_partial_ptr(at, last) } else { s.load_ptr(at) };
-                    v = s.add(v, old);
+                    v = s.add(v, if tail { s.load_partial_ptr(at, last) } else { s.load_ptr(at) });
                 }
                 if tail {
                     s.store_partial_ptr(at, last, v);
@@ -125,101 +134,84 @@ unsafe fn tile<S: Simd, const MR: usize, const NV: usize, const ROW: bool, const
     }
 }
 
-/// All rows `from..to` of one panel of NV vectors.
+/// All rows of one panel of NV vectors.
 ///
 /// # Safety
-/// As for [`product`]; the panel and rows lie inside the product.
+/// As for [`product`]; the rows and the panel lie inside the product.
 #[inline(always)]
-unsafe fn panel<S: Simd, const NV: usize, const ROW: bool, const TAIL: bool>(
-    s: S,
-    p: &Product,
-    rows: std::ops::Range<usize>,
-    b: *const f32,
-    ldb: usize,
-    col: usize,
-    last: usize,
-) {
-    let mut i = rows.start;
-    // SAFETY: rows and columns lie inside the product by the caller's contract.
-    unsafe {
-        let bias = if p.bias.is_null() { p.bias } else { p.bias.add(col) };
-        macro_rules! run {
-            ($mr:literal) => {
-                while rows.end - i >= $mr {
-                    let (a, c) = (p.a.add(i * p.a_row), p.c.add(i * p.ldc + col));
-                    tile::<S, $mr, NV, ROW, TAIL>(s, p, a, b, ldb, c, bias, last);
-                    i += $mr;
-                }
-            };
-        }
-        // The largest tile leaves registers for B's vectors and one broadcast: 32 registers at 16 lanes, else 16.
-        if S::LANES == 16 {
-            match NV {
-                1 => run!(16),
-                2 => run!(12),
-                _ => {}
+unsafe fn panel_impl<S: Simd, const NV: usize, const TAIL: bool>(s: S, panel: &Panel) {
+    let mut row = panel.first_row;
+    macro_rules! run {
+        ($mr:literal) => {
+            while panel.behind_row - row >= $mr {
+                // SAFETY: the rows lie inside the product by the caller's contract.
+                unsafe { tile::<S, $mr, NV, TAIL>(s, panel, row) };
+                row += $mr;
             }
-            run!(8);
-        } else {
-            match NV {
-                1 => run!(8),
-                2 => run!(6),
-                _ => {}
-            }
-        }
-        run!(4);
-        run!(2);
-        run!(1);
+        };
     }
-}
-
-/// # Safety
-/// As for [`product`].
-#[inline(always)]
-unsafe fn product_impl<S: Simd>(s: S, p: &Product) {
-    let lanes = S::LANES;
-    let vectors = p.n.div_ceil(lanes);
-    let row_major = p.a_col == 1;
-    for row in (0..p.m).step_by(ROW_BLOCK) {
-        let rows = row..p.m.min(row + ROW_BLOCK);
-        let mut v = 0;
-        while v < vectors {
-            let nv = next_panel(vectors - v);
-            let col = v * lanes;
-            let last = (p.n - col).min(nv * lanes) - (nv - 1) * lanes;
-            // SAFETY: the panel's start lies inside B by the caller's contract.
-            let (b, ldb) = unsafe {
-                if p.b_packed {
-                    (p.b.add(col * p.ldb + p.b_first * nv * lanes), nv * lanes)
-                } else {
-                    (p.b.add(col), p.ldb)
-                }
-            };
-            macro_rules! run {
-                ($($nv:literal)*) => {
-                    match (nv, row_major, last < lanes) {
-                        $(
-                            ($nv, true, false) => panel::<S, $nv, true, false>(s, p, rows.clone(), b, ldb, col, last),
-                            ($nv, true, true) => panel::<S, $nv, true, true>(s, p, rows.clone(), b, ldb, col, last),
-                            ($nv, false, false) => panel::<S, $nv, false, false>(s, p, rows.clone(), b, ldb, col, last),
-                            ($nv, false, true) => panel::<S, $nv, false, true>(s, p, rows.clone(), b, ldb, col, last),
-                        )*
-                        _ => {}
-                    }
-                };
-            }
-            // SAFETY: rows and panel lie inside the product; the contract is the caller's.
-            unsafe { run!(1 2 3) };
-            v += nv;
-        }
+    // The largest tile leaves registers for B's vectors and one broadcast: of 32 registers at 16 lanes, else of 16.
+    match (S::LANES, NV) {
+        (16, 1) => run!(16),
+        (16, 2) => run!(12),
+        (16, _) | (_, 1) => run!(8),
+        (_, 2) => run!(6),
+        _ => {}
     }
+    run!(4);
+    run!(1);
 }
 
 simd_fn! {
-    /// Computes one product on the calling thread.
-    ///
-    /// # Safety
-    /// Every element that [`Product`]'s formulas name for its sizes is readable (A, B, bias) or writable (C), C
-    /// overlaps none of the others, and one of `a_row`, `a_col` is 1.
-    pub(crate) unsafe fn product(p: &Product) = product_impl;
+    unsafe fn panel1(panel: &Panel) = panel_impl::<_, 1, false>;
+    unsafe fn panel2(panel: &Panel) = panel_impl::<_, 2, false>;
+    unsafe fn panel3(panel: &Panel) = panel_impl::<_, 3, false>;
+    unsafe fn panel1_tail(panel: &Panel) = panel_impl::<_, 1, true>;
+    unsafe fn panel2_tail(panel: &Panel) = panel_impl::<_, 2, true>;
+    unsafe fn panel3_tail(panel: &Panel) = panel_impl::<_, 3, true>;
+}
+
+/// Computes one product on the calling thread.
+///
+/// # Safety
+/// Every element that [`Product`]'s formulas name for its sizes is readable (A, B, bias) or writable (C), and C overlaps
+/// none of the others.
+pub(crate) unsafe fn product(level: Level, p: &Product) {
+    let lanes = level.lanes();
+    let vectors = p.n.div_ceil(lanes);
+    let height = p.outers * p.segs * p.seg_len;
+    let mut from = 0;
+    while from < vectors {
+        // Columns whose part of B stays in the second-level cache while the rows of A pass.
+        let mut to = from;
+        while to < vectors && (to == from || (to - from) * lanes * height < B_BLOCK) {
+            to += next_panel(vectors - to);
+        }
+        for first_row in (0..p.m).step_by(ROW_BLOCK) {
+            let mut v = from;
+            while v < to {
+                let nv = next_panel(vectors - v);
+                let (col, width) = (v * lanes, nv * lanes);
+                let last = (p.n - col).min(width) - (nv - 1) * lanes;
+                // SAFETY: the panel's start lies inside B by the caller's contract.
+                let (b, ldb) = unsafe {
+                    if p.b_packed { (p.b.add(col * p.ldb + p.b_first * width), width) } else { (p.b.add(col), p.ldb) }
+                };
+                let panel = Panel { p, first_row, behind_row: p.m.min(first_row + ROW_BLOCK), b, ldb, col, last };
+                // SAFETY: rows and panel lie inside the product; the contract is the caller's.
+                unsafe {
+                    match (nv, last == lanes) {
+                        (1, true) => panel1(level, &panel),
+                        (2, true) => panel2(level, &panel),
+                        (_, true) => panel3(level, &panel),
+                        (1, false) => panel1_tail(level, &panel),
+                        (2, false) => panel2_tail(level, &panel),
+                        (_, false) => panel3_tail(level, &panel),
+                    }
+                }
+                v += nv;
+            }
+        }
+        from = to;
+    }
 }
