@@ -25,6 +25,7 @@ mod optim;
 mod plan;
 mod schedule;
 mod setup;
+mod source;
 mod step;
 mod tower;
 mod trainer;
@@ -39,6 +40,7 @@ pub use optim::{AdamW, OPTIMIZERS, Optimizer, OptimizerConfig, OptimizerEntry, O
 pub use plan::{Part, StepPlan};
 pub use schedule::{Constant, Cosine, LrConfig, LrState, Plateau};
 pub use setup::{AverageSetup, FrozenImage, LOGIT_SCALE, MAX_LOGIT_SCALE, ModelText, Objective, Teacher, TeacherModel, Term, TrainSetup, TrainedModel};
+pub use source::{LoaderSource, ViewSpec};
 pub use tower::{BackboneTower, Encoded, EncoderTower, Head, ImageTower, ProjectionHead, StudentShape, TeacherShape, TextTower, TowerShape};
 pub use trainer::{Outcome, Stop, Trainer};
 

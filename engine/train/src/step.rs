@@ -122,11 +122,6 @@ impl Step {
         })
     }
 
-    /// The graphs.
-    pub(crate) fn graphs(&self) -> &Graphs {
-        &self.graphs
-    }
-
     /// Names of the terms in slot order.
     pub(crate) fn names(&self) -> &[String] {
         &self.names

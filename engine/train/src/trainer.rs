@@ -404,7 +404,7 @@ impl Trainer {
         Ok(SkippedStep::new(&origin, in_a_row, total, lr_scale))
     }
 
-    fn running_params(store: &mut ParamStore, running: &[bool]) -> impl Iterator<Item = &mut Param> {
+    fn running_params<'a>(store: &'a mut ParamStore, running: &'a [bool]) -> impl Iterator<Item = &'a mut Param> {
         store.params_mut().iter_mut().zip(running).filter(|(_, r)| **r).map(|(p, _)| p)
     }
 

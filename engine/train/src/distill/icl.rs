@@ -46,7 +46,7 @@ impl Level for Interactive {
             let path = c.path.at(&teacher.name);
             let (Some(image_bd), Some(text_bd)) = (teacher.image_bd(g), teacher.text_bd(g)) else { continue };
             // Only rows: the student's side against all of the teacher's.
-            let mut rows = |g: &mut GraphBuilder, ours: &Tensor, theirs: &Tensor, targets: [&Tensor; 2]| {
+            let rows = |g: &mut GraphBuilder, ours: &Tensor, theirs: &Tensor, targets: [&Tensor; 2]| {
                 let dim = theirs.shape()[1];
                 let d = Contrastive { rows: c.batch, cols: c.batch, dim, w_row: 0.5, w_col: 0.0, subtract_entropy: false };
                 g.contrastive(d, ours, theirs, &c.scale, targets)

@@ -52,16 +52,10 @@ impl Optimizer for AdamW {
     }
 
     fn update(&self, a: Update<'_>, params: &mut [f32], state: &mut [Vec<f32>]) {
-        let d = mcpipe_cpu::optim::AdamW {
-            lr: a.lr as f32,
-            beta1: self.betas[0] as f32,
-            beta2: self.betas[1] as f32,
-            eps: self.eps as f32,
-            weight_decay: if a.decay { self.weight_decay as f32 } else { 0.0 },
-            step: a.step,
-        };
+        let [beta1, beta2] = self.betas.map(|b| b as f32);
+        let decay = if a.decay { self.weight_decay as f32 } else { 0.0 };
         if let [m, v] = state {
-            adamw_step(&d, params, a.grads, m, v);
+            adamw_step(params, a.grads, m, v, a.lr as f32, beta1, beta2, self.eps as f32, decay, a.step);
         }
     }
 }

@@ -51,15 +51,9 @@ impl Optimizer for Sgd {
     }
 
     fn update(&self, a: Update<'_>, params: &mut [f32], state: &mut [Vec<f32>]) {
-        let d = mcpipe_cpu::optim::Sgd {
-            lr: a.lr as f32,
-            momentum: self.momentum as f32,
-            nesterov: self.nesterov,
-            weight_decay: if a.decay { self.weight_decay as f32 } else { 0.0 },
-            step: a.step,
-        };
+        let decay = if a.decay { self.weight_decay as f32 } else { 0.0 };
         if let [velocity] = state {
-            sgd_step(&d, params, a.grads, velocity);
+            sgd_step(params, a.grads, velocity, a.lr as f32, self.momentum as f32, self.nesterov, decay, a.step);
         }
     }
 }
