@@ -1,0 +1,32 @@
+//! mcpipe's models: image backbones, text transformer, projection heads and their checkpoints.
+//!
+//! * [`backbones`], [`text_encoders`]: what is registered; [`backbone`], [`text_encoder`]: one of them with parameters
+//!   from the file.
+//! * [`Backbone::build`], [`TextEncoder::build`]: add it to a step graph, with taps for distillation.
+//! * [`projection`]: projection head, regressors, logit scale.
+//! * [`weights`]: safetensors in and out; [`export`]: the student under timm's and open_clip's names.
+//!
+//! A new image backbone is one file that implements [`Backbone`] and has an entry, and one line in `registry.rs`.
+
+mod backbone;
+mod error;
+pub mod export;
+mod mobilevit;
+mod params;
+pub mod projection;
+mod registry;
+mod text;
+mod transformer;
+mod vit;
+pub mod weights;
+
+pub use backbone::{
+    Backbone, CLIP_MEAN, CLIP_STD, ImageOutputs, Interpolation, Naming, Preprocess, Tap, TapInfo, TapShape,
+};
+pub use error::ModelError;
+pub use mobilevit::{MobileVit, MobileVitSizes};
+pub use registry::{BackboneEntry, TextEncoderEntry, backbone, backbones, text_encoder, text_encoders};
+pub use text::{TextEncoder, TextOutputs, TextSizes, TextTransformer, eot_positions};
+pub use transformer::MlpActivation;
+pub use vit::{Vit, VitSizes};
+pub use weights::{Checkpoint, WeightsError};
