@@ -2,6 +2,8 @@
 
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 
+use crate::types;
+
 /// What a component is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum ComponentKind {
@@ -141,4 +143,24 @@ impl Components {
     pub fn get(&self, kind: ComponentKind, name: &str) -> Option<&Component> {
         self.of(kind).find(|component| component.name == name)
     }
+}
+
+/// What a pipeline file can ask for that has its keys in the pipeline's own types rather than in a
+/// registry: changes to images, forms of projection, forms of export. For `mcpipe list`; the schema
+/// has them already.
+pub fn declared() -> Vec<Component> {
+    use ComponentKind::{Augmentation, Export, Projection};
+    use params_schema as schema;
+    let component = |kind, name, summary, params| Component { kind, name, summary, params };
+    vec![
+        component(Augmentation, "crop", "random resized crop", schema::<types::Crop>),
+        component(Augmentation, "flip", "left-right flip, by its probability", schema::<NoParams>),
+        component(Augmentation, "mixup", "blends of two images and their targets", schema::<types::Mixup>),
+        component(Augmentation, "cutmix", "a box of one image in another", schema::<types::CutMix>),
+        component(Projection, "none", "the backbone's embedding as it is", schema::<NoParams>),
+        component(Projection, "linear", "one matrix", schema::<NoParams>),
+        component(Projection, "mlp", "linear, GELU, linear; `hidden` is the width between", schema::<NoParams>),
+        component(Export, "timm", "the image trunk under timm's names", schema::<NoParams>),
+        component(Export, "open_clip", "trunk, projection and text tower under open_clip's names", schema::<NoParams>),
+    ]
 }

@@ -42,7 +42,13 @@ impl Map {
     }
 
     pub fn diagnostic(&self, code: Code, path: &str, message: impl Into<String>) -> Diagnostic {
-        Diagnostic::new(code, path, Some(self.span_of(path)), message)
+        let steps = Self::steps(path);
+        let location = self.tree.find(&steps).0.location.clone();
+        let path = match steps.is_empty() {
+            true => path.to_owned(),
+            false => self.tree.canonical(&steps).to_string(),
+        };
+        Diagnostic::new(code, path, Some(location), message)
     }
 }
 

@@ -27,7 +27,7 @@ mod tree;
 pub mod types;
 
 pub use code::{Code, Severity};
-pub use components::{Component, ComponentKind, Components, NoParams, params_schema};
+pub use components::{Component, ComponentKind, Components, NoParams, declared, params_schema};
 pub use diagnostic::{Diagnostic, Diagnostics};
 pub use document::{Document, load, load_text};
 pub use render::Style;

@@ -36,8 +36,17 @@ pub fn component_schema(component: &Component) -> Value {
 /// The schema with the keywords that only the checker reads.
 pub(crate) fn full_schema(components: &Components) -> Value {
     let mut generator = SchemaSettings::draft07().into_generator();
-    let params: Vec<(&Component, Value)> =
-        components.iter().map(|component| (component, (component.params)(&mut generator).to_value())).collect();
+    let params: Vec<(&Component, Value)> = components
+        .iter()
+        .map(|component| {
+            let mut schema = (component.params)(&mut generator);
+            // The generator puts only its definitions into draft 7's form, not what a component hands back.
+            generator.transforms_mut().for_each(|transform| transform.transform(&mut schema));
+            let mut schema = schema.to_value();
+            tidy(&mut schema);
+            (component, schema)
+        })
+        .collect();
     let mut root = generator.into_root_schema_for::<Spec>().to_value();
     tidy(&mut root);
     let Some(Value::Object(mut definitions)) = root.get_mut("definitions").map(Value::take) else {
@@ -87,13 +96,26 @@ fn tidy(schema: &mut Value) {
             if map.contains_key("properties") && !map.contains_key("additionalProperties") {
                 map.insert("additionalProperties".to_owned(), Value::Bool(false));
             }
-            // The variant of a tagged enum that holds nothing but its tag.
-            if map.get("const").is_some() {
-                map.shift_remove("default");
+            if let Some(Value::String(description)) = map.get_mut("description") {
+                *description = joined(description);
             }
         }
         _ => {}
     }
+}
+
+/// A doc comment without the line breaks of the source.
+fn joined(description: &str) -> String {
+    let paragraphs = description.split("\n\n").map(|paragraph| {
+        paragraph.lines().fold(String::new(), |mut text, line| {
+            if !text.is_empty() {
+                text.push(if line.trim_start().starts_with("- ") { '\n' } else { ' ' });
+            }
+            text.push_str(line.trim_end());
+            text
+        })
+    });
+    paragraphs.collect::<Vec<_>>().join("\n\n")
 }
 
 fn strip(schema: &mut Value) {

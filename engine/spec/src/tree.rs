@@ -74,6 +74,24 @@ impl Node {
         (node, true)
     }
 
+    /// The path with a number in an array written as an index, whether it came as one or as a key.
+    pub fn canonical(&self, path: &[Step]) -> Path {
+        let mut node = Some(self);
+        let mut canonical = Path::default();
+        for step in path {
+            let in_array = node.is_some_and(|node| matches!(node.value, Value::Array(_)));
+            match step {
+                Step::Key(key) => match key.parse() {
+                    Ok(index) if in_array => canonical.push_index(index),
+                    _ => canonical.push_key(key),
+                },
+                Step::Index(index) => canonical.push_index(*index),
+            }
+            node = node.and_then(|node| node.step(step));
+        }
+        canonical
+    }
+
     pub fn find_mut(&mut self, path: &Path) -> Option<&mut Node> {
         let mut node = self;
         for step in &path.0 {

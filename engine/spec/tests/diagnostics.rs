@@ -428,3 +428,14 @@ fn tables_of_several_forms() {
         rendered(&[("[text]\nteacher = \"clip\"", "[text]\ntecher = \"clip\"")], &[Code::UnknownKey])
     );
 }
+
+#[test]
+fn every_code_has_a_snapshot() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/snapshots");
+    let snapshots: Vec<String> =
+        std::fs::read_dir(folder).unwrap().map(|file| std::fs::read_to_string(file.unwrap().path()).unwrap()).collect();
+    for code in Code::ALL {
+        let shown = snapshots.iter().any(|snapshot| snapshot.lines().any(|line| line == code.id()));
+        assert!(shown, "no snapshot shows `{code}`");
+    }
+}

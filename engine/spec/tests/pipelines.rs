@@ -111,6 +111,8 @@ fn places_are_found_by_path() {
     assert_eq!(text("teacher.0.image.params.patch_size"), "8");
     assert_eq!(text("training.steps"), "7");
     assert_eq!(document.origin_of("training.steps"), mcpipe_spec::Origin::Set);
+    let given = document.diagnostic(mcpipe_spec::Code::UnknownTap, "distill.1.taps.0.student", "");
+    assert_eq!(given.path, "distill[1].taps[0].student");
     assert_eq!(text("student.baseline"), "[student]", "left out: the table's header");
     assert!(!document.is_set("student.baseline"));
     assert!(document.is_set("student.image_size"));
@@ -133,4 +135,22 @@ fn schema_is_closed_and_names_the_components() {
             }
         }
     }
+}
+
+#[test]
+fn declared_components_match_the_types() {
+    let schema = schema(&components());
+    let keys =
+        |name: &str| schema["definitions"][name]["properties"].as_object().unwrap().keys().cloned().collect::<Vec<_>>();
+    let constants = |name: &str| {
+        let branches = schema["definitions"][name]["oneOf"].as_array().unwrap();
+        branches.iter().map(|branch| branch["const"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
+    };
+    let declared = |kind| {
+        let of_kind = mcpipe_spec::declared().into_iter().filter(move |component| component.kind == kind);
+        of_kind.map(|component| component.name.to_owned()).collect::<Vec<_>>()
+    };
+    assert_eq!(declared(mcpipe_spec::ComponentKind::Augmentation), keys("Augment"));
+    assert_eq!(declared(mcpipe_spec::ComponentKind::Projection), constants("ProjectionKind"));
+    assert_eq!(declared(mcpipe_spec::ComponentKind::Export), constants("ExportFormat"));
 }
