@@ -212,8 +212,14 @@ impl MobileVit {
         let y = Self::conv_norm_act(g, &path.at("conv1_1x1"), x_bhwc, ConvArgs::new(mid, 1), silu)?;
         let depthwise = ConvArgs::new(mid, 3).stride(stride).groups(mid);
         let y = Self::conv_norm_act(g, &path.at("conv2_kxk"), &y, depthwise, silu)?;
-        let y = Self::conv_norm_act(g, &path.at("conv3_1x1"), &y, ConvArgs::new(out, 1), Activation::Identity)?;
-        if stride == 1 && c_in == out { Ok(g.add(&y, x_bhwc)?) } else { Ok(y) }
+        let residual = stride == 1 && c_in == out;
+        let project = path.at("conv3_1x1");
+        if residual {
+            // The block starts as the identity (Goyal et al. 2017, §5.1), as timm's does.
+            g.param(&project.at("bn.weight"), &[out], Init::Zeros)?;
+        }
+        let y = Self::conv_norm_act(g, &project, &y, ConvArgs::new(out, 1), Activation::Identity)?;
+        if residual { Ok(g.add(&y, x_bhwc)?) } else { Ok(y) }
     }
 
     /// One pre-norm transformer layer.
