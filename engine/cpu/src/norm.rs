@@ -91,14 +91,15 @@ fn moments_impl<S: Simd>(s: S, c: usize, x: &[f32], partial: &mut [f32]) {
     }
 }
 
-/// y = act(x·scale + shift), per channel.
+/// y = act((x − mean)·scale + beta), per channel. Subtracting first keeps the digits that a large mean would cost.
 #[inline(always)]
-fn affine_act<S: Simd, A: Act>(s: S, scale: &[f32], shift: &[f32], x: &[f32], y: &mut [f32]) {
+fn affine_act<S: Simd, A: Act>(s: S, mean: &[f32], scale: &[f32], beta: &[f32], x: &[f32], y: &mut [f32]) {
     let c = scale.len();
     for (row, out) in x.chunks_exact(c).zip(y.chunks_exact_mut(c)) {
         let mut i = 0;
         while i < c {
-            let z = s.fma(s.load_partial(&row[i..]), s.load_partial(&scale[i..]), s.load_partial(&shift[i..]));
+            let v = s.sub(s.load_partial(&row[i..]), s.load_partial(&mean[i..]));
+            let z = s.fma(v, s.load_partial(&scale[i..]), s.load_partial(&beta[i..]));
             s.store_partial(&mut out[i..], A::value(s, z));
             i += S::LANES;
         }
@@ -106,21 +107,21 @@ fn affine_act<S: Simd, A: Act>(s: S, scale: &[f32], shift: &[f32], x: &[f32], y:
 }
 
 #[inline(always)]
-fn affine_impl<S: Simd>(s: S, act: Activation, scale: &[f32], shift: &[f32], x: &[f32], y: &mut [f32]) {
-    with_act!(act, A => affine_act::<S, A>(s, scale, shift, x, y))
+fn affine_impl<S: Simd>(s: S, act: Activation, mean: &[f32], scale: &[f32], beta: &[f32], x: &[f32], y: &mut [f32]) {
+    with_act!(act, A => affine_act::<S, A>(s, mean, scale, beta, x, y))
 }
 
 /// Per-channel constants of the backward pass.
 #[derive(Clone, Copy)]
 struct Backward<'a> {
-    /// γ·rstd: z = x·scale + shift, and the factor of g in dx.
-    scale: &'a [f32],
-    /// β − mean·γ·rstd.
-    shift: &'a [f32],
-    /// 1/√(var + eps): x̂ = x·rstd + center.
+    /// mean.
+    mean: &'a [f32],
+    /// 1/√(var + eps): x̂ = (x − mean)·rstd.
     rstd: &'a [f32],
-    /// −mean·rstd.
-    center: &'a [f32],
+    /// γ·rstd: z = (x − mean)·scale + β; also the factor of g in dx.
+    scale: &'a [f32],
+    /// β.
+    beta: &'a [f32],
 }
 
 /// Σ g and Σ g·x̂ per channel over some rows, g = dy·act'(z).
@@ -130,22 +131,22 @@ fn sums_act<S: Simd, A: Act>(s: S, k: Backward<'_>, x: &[f32], dy: &[f32], parti
     let (sum_g, sum_gx) = partial.split_at_mut(c);
     let mut col = 0;
     while col < c {
-        let (scale, shift) = (s.load_partial(&k.scale[col..]), s.load_partial(&k.shift[col..]));
-        let (rstd, center) = (s.load_partial(&k.rstd[col..]), s.load_partial(&k.center[col..]));
+        let (scale, beta) = (s.load_partial(&k.scale[col..]), s.load_partial(&k.beta[col..]));
+        let mean = s.load_partial(&k.mean[col..]);
         let (mut total_g, mut total_gx) = (s.zero(), s.zero());
         for (x_run, dy_run) in x.chunks(RUN * c).zip(dy.chunks(RUN * c)) {
             let (mut run_g, mut run_gx) = (s.zero(), s.zero());
             for (row, dy_row) in x_run.chunks_exact(c).zip(dy_run.chunks_exact(c)) {
-                let v = s.load_partial(&row[col..]);
-                let g = s.mul(s.load_partial(&dy_row[col..]), A::slope(s, s.fma(v, scale, shift)));
+                let v = s.sub(s.load_partial(&row[col..]), mean);
+                let g = s.mul(s.load_partial(&dy_row[col..]), A::slope(s, s.fma(v, scale, beta)));
                 run_g = s.add(run_g, g);
-                run_gx = s.fma(g, s.fma(v, rstd, center), run_gx);
+                run_gx = s.fma(g, v, run_gx);
             }
             total_g = s.add(total_g, run_g);
             total_gx = s.add(total_gx, run_gx);
         }
         s.store_partial(&mut sum_g[col..], total_g);
-        s.store_partial(&mut sum_gx[col..], total_gx);
+        s.store_partial(&mut sum_gx[col..], s.mul(total_gx, s.load_partial(&k.rstd[col..])));
         col += S::LANES;
     }
 }
@@ -155,7 +156,7 @@ fn sums_impl<S: Simd>(s: S, act: Activation, k: Backward<'_>, x: &[f32], dy: &[f
     with_act!(act, A => sums_act::<S, A>(s, k, x, dy, partial))
 }
 
-/// dx (+)= scale·g + x·slope + offset.
+/// dx (+)= scale·g + (x − mean)·slope + offset.
 #[inline(always)]
 fn input_act<S: Simd, A: Act>(
     s: S,
@@ -171,9 +172,9 @@ fn input_act<S: Simd, A: Act>(
     for ((row, dy_row), out) in x.chunks_exact(c).zip(dy.chunks_exact(c)).zip(dx.chunks_exact_mut(c)) {
         let mut i = 0;
         while i < c {
-            let v = s.load_partial(&row[i..]);
+            let v = s.sub(s.load_partial(&row[i..]), s.load_partial(&k.mean[i..]));
             let scale = s.load_partial(&k.scale[i..]);
-            let z = s.fma(v, scale, s.load_partial(&k.shift[i..]));
+            let z = s.fma(v, scale, s.load_partial(&k.beta[i..]));
             let g = s.mul(s.load_partial(&dy_row[i..]), A::slope(s, z));
             let through_mean = s.fma(v, s.load_partial(&slope[i..]), s.load_partial(&offset[i..]));
             let mut d = s.fma(scale, g, through_mean);
@@ -203,7 +204,7 @@ fn input_impl<S: Simd>(
 
 simd_fn! {
     fn moments(c: usize, x: &[f32], partial: &mut [f32]) = moments_impl;
-    fn affine(act: Activation, scale: &[f32], shift: &[f32], x: &[f32], y: &mut [f32]) = affine_impl;
+    fn affine(act: Activation, mean: &[f32], scale: &[f32], beta: &[f32], x: &[f32], y: &mut [f32]) = affine_impl;
     fn sums(act: Activation, k: Backward<'_>, x: &[f32], dy: &[f32], partial: &mut [f32]) = sums_impl;
     fn input_gradient(
         act: Activation, k: Backward<'_>, slope: &[f32], offset: &[f32],
@@ -230,19 +231,18 @@ pub fn batch_norm_train_forward(
         return;
     }
     let level = ws.level();
-    let [partials, scale, shift] = ws.split([d.chunks() * 2 * d.c, d.c, d.c]);
+    let [partials, scale] = ws.split([d.chunks() * 2 * d.c, d.c]);
     for_chunks(d, partials, |chunk, partial| moments(level, d.c, &x[span(d, chunk)], partial));
     merge_moments(d, partials, mean, rstd);
     for i in 0..d.c {
         scale[i] = gamma[i] * rstd[i];
-        shift[i] = beta[i] - mean[i] * scale[i];
     }
-    apply(d, level, act, scale, shift, x, y);
+    apply(d, level, act, mean, scale, beta, x, y);
 }
 
-fn apply(d: &Norm, level: Level, act: Activation, scale: &[f32], shift: &[f32], x: &[f32], y: &mut [f32]) {
+fn apply(d: &Norm, level: Level, act: Activation, mean: &[f32], scale: &[f32], beta: &[f32], x: &[f32], y: &mut [f32]) {
     let chunk = d.chunk_rows() * d.c;
-    y.par_chunks_mut(chunk).zip(x.par_chunks(chunk)).for_each(|(y, x)| affine(level, act, scale, shift, x, y));
+    y.par_chunks_mut(chunk).zip(x.par_chunks(chunk)).for_each(|(y, x)| affine(level, act, mean, scale, beta, x, y));
 }
 
 /// Merges the chunks' means and squared deviations (Chan, Golub and LeVeque) in `f64`.
@@ -304,8 +304,7 @@ pub fn batch_norm_eval_forward(
         return;
     }
     let scale: Vec<f32> = (0..d.c).map(|i| gamma[i] * rstd_of(running_var[i], d.eps)).collect();
-    let shift: Vec<f32> = (0..d.c).map(|i| beta[i] - running_mean[i] * scale[i]).collect();
-    apply(d, Level::active(), act, &scale, &shift, x, y);
+    apply(d, Level::active(), act, running_mean, &scale, beta, x, y);
 }
 
 fn rstd_of(var: f32, eps: f32) -> f32 {
@@ -378,15 +377,12 @@ fn backward(
     }
     let level = ws.level();
     let c = d.c;
-    let [partials, scale, shift, rstds, center, slope, offset] = ws.split([d.chunks() * 2 * c, c, c, c, c, c, c]);
+    let [partials, means, rstds, scale, slope, offset] = ws.split([d.chunks() * 2 * c, c, c, c, c, c]);
     for i in 0..c {
-        let (mean, rstd) = stats(i);
-        scale[i] = gamma[i] * rstd;
-        shift[i] = beta[i] - mean * scale[i];
-        rstds[i] = rstd;
-        center[i] = -mean * rstd;
+        (means[i], rstds[i]) = stats(i);
+        scale[i] = gamma[i] * rstds[i];
     }
-    let k = Backward { scale, shift, rstd: rstds, center };
+    let k = Backward { mean: means, rstd: rstds, scale, beta };
     for_chunks(d, partials, |chunk, partial| {
         sums(level, act, k, &x[span(d, chunk)], &dy[span(d, chunk)], partial);
     });
@@ -398,7 +394,7 @@ fn backward(
         if batch {
             let factor = f64::from(k.scale[i]) / d.rows as f64;
             slope[i] = (-factor * sum_gx * f64::from(k.rstd[i])) as f32;
-            offset[i] = (-factor * (sum_g + sum_gx * f64::from(k.center[i]))) as f32;
+            offset[i] = (-factor * sum_g) as f32;
         } else {
             slope[i] = 0.0;
             offset[i] = 0.0;
@@ -473,11 +469,11 @@ fn layer_backward_impl<S: Simd>(
     let (dgamma, dbeta) = partial.split_at_mut(c);
     let rows = x.chunks_exact(c).zip(dy.chunks_exact(c)).zip(dx.chunks_exact_mut(c));
     for (r, ((row, dy_row), out)) in rows.enumerate() {
-        let (rstds, center) = (s.splat(rstd[r]), s.splat(-mean[r] * rstd[r]));
+        let (rstds, center) = (s.splat(rstd[r]), s.splat(mean[r]));
         let (mut sum_g, mut sum_gx) = (s.zero(), s.zero());
         let mut i = 0;
         while i < c {
-            let normal = s.fma(s.load_partial(&row[i..]), rstds, center);
+            let normal = s.mul(s.sub(s.load_partial(&row[i..]), center), rstds);
             let up = s.load_partial(&dy_row[i..]);
             let for_gamma = s.fma(up, normal, s.load_partial(&dgamma[i..]));
             s.store_partial(&mut dgamma[i..], for_gamma);
@@ -493,7 +489,7 @@ fn layer_backward_impl<S: Simd>(
         let mean_gx = s.splat(s.sum(sum_gx) / c as f32);
         i = 0;
         while i < c {
-            let normal = s.fma(s.load_partial(&row[i..]), rstds, center);
+            let normal = s.mul(s.sub(s.load_partial(&row[i..]), center), rstds);
             let g = s.mul(s.load_partial(&dy_row[i..]), s.load_partial(&gamma[i..]));
             let mut d = s.mul(rstds, s.sub(s.sub(g, mean_g), s.mul(normal, mean_gx)));
             if accumulate {

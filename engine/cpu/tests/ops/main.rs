@@ -1,0 +1,6 @@
+//! Tests of the ops: kernels, dfdx formulations, and known values.
+
+mod harness;
+mod table;
+mod values;
+mod vjp;
