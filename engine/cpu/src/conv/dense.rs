@@ -9,6 +9,7 @@ use crate::gemm::kernel::{Product, product};
 use crate::gemm::pack::{pack_b, packed_len};
 use crate::parallel::{Shared, for_each_task, part, tasks_for};
 use crate::workspace::Workspace;
+use rayon::prelude::*;
 use std::ops::Range;
 
 /// Elements of padded input that a task works on at a time: a quarter of a second-level cache.
@@ -140,15 +141,26 @@ struct Strip {
 
 /// Columns of the weight matrix that are moved together: whole cache lines on its side, as many streams on the other.
 const LANE: usize = 16;
+/// Rows of the weight matrix that a task fills.
+const ROWS: usize = 128;
+/// Weights fewer than these are moved by one thread.
+const SMALL: usize = 1 << 14;
 
 /// `out[r, c] = w[at(r) + c * stride]`: the weights as a matrix of `columns` columns.
-fn weight_matrix(w: &[f32], columns: usize, at: impl Fn(usize) -> usize, stride: usize, out: &mut [f32]) {
-    for first in (0..columns).step_by(LANE) {
-        let behind = columns.min(first + LANE);
-        for (r, line) in out.chunks_exact_mut(columns).enumerate() {
-            let from = w[at(r) + first * stride..].iter().step_by(stride);
-            line[first..behind].iter_mut().zip(from).for_each(|(v, w)| *v = *w);
+fn weight_matrix(w: &[f32], columns: usize, at: impl Fn(usize) -> usize + Sync, stride: usize, out: &mut [f32]) {
+    let fill = |(block, out): (usize, &mut [f32])| {
+        for first in (0..columns).step_by(LANE) {
+            let behind = columns.min(first + LANE);
+            for (r, line) in out.chunks_exact_mut(columns).enumerate() {
+                let from = w[at(block * ROWS + r) + first * stride..].iter().step_by(stride);
+                line[first..behind].iter_mut().zip(from).for_each(|(v, w)| *v = *w);
+            }
         }
+    };
+    if out.len() < SMALL || rayon::current_num_threads() == 1 {
+        out.chunks_mut(ROWS * columns).enumerate().for_each(fill);
+    } else {
+        out.par_chunks_mut(ROWS * columns).enumerate().for_each(fill);
     }
 }
 
@@ -165,7 +177,7 @@ fn convolve(
     g: &Geometry,
     x: &[f32],
     w: &[f32],
-    at: impl Fn(usize) -> usize,
+    at: impl Fn(usize) -> usize + Sync,
     stride: usize,
     accumulate: bool,
     bias: Option<&[f32]>,
@@ -430,7 +442,7 @@ fn add_weights(d: &Conv2d, partials: &[f32], dw: &mut [f32]) {
             }
         }
     };
-    if partials.len() < 1 << 15 {
+    if partials.len() < SMALL {
         (0..blocks).for_each(body);
     } else {
         for_each_task(blocks, body);

@@ -8,8 +8,6 @@
 use crate::simd::{Level, Simd};
 use crate::simd_fn;
 
-/// Widest panel of B, in vectors.
-const MAX_PANEL: usize = 3;
 /// Rows of A that stay in the nearest caches while the panels of B pass.
 const ROW_BLOCK: usize = 48;
 /// Elements of B that are gone over again for each block of rows: about half of a second-level cache.
@@ -48,14 +46,14 @@ pub(crate) struct Product {
     pub bias: *const f32,
 }
 
-/// Cuts `vectors` vectors of columns into panels of at most [`MAX_PANEL`], without a narrow last one where possible:
-/// the width in vectors of the next panel when `left` vectors remain.
+/// Cuts the columns of B into panels: the width in vectors of the next one when `left` vectors remain. With 32 registers
+/// (16 lanes) 8 rows by 3 vectors fit, else 6 by 2; a narrow last panel is avoided.
 #[inline(always)]
-pub(crate) fn next_panel(left: usize) -> usize {
-    match left {
-        0..=MAX_PANEL => left,
-        4 => 2,
-        _ => MAX_PANEL,
+pub(crate) fn next_panel(lanes: usize, left: usize) -> usize {
+    match (lanes, left) {
+        (16, 4) => 2,
+        (16, _) => left.min(3),
+        _ => left.min(2),
     }
 }
 
@@ -156,7 +154,8 @@ unsafe fn panel_impl<S: Simd, const NV: usize, const TAIL: bool>(s: S, panel: &P
         (16, 2) => run!(12),
         (16, _) | (_, 1) => run!(8),
         (_, 2) => run!(6),
-        _ => {}
+        // No panel is wider: see `next_panel`.
+        _ => return,
     }
     run!(4);
     run!(1);
@@ -185,12 +184,12 @@ pub(crate) unsafe fn product(level: Level, p: &Product) {
         // Columns whose part of B stays in the second-level cache while the rows of A pass.
         let mut to = from;
         while to < vectors && (to == from || (to - from) * lanes * height < B_BLOCK) {
-            to += next_panel(vectors - to);
+            to += next_panel(lanes, vectors - to);
         }
         for first_row in (0..p.m).step_by(ROW_BLOCK) {
             let mut v = from;
             while v < to {
-                let nv = next_panel(vectors - v);
+                let nv = next_panel(lanes, vectors - v);
                 let (col, width) = (v * lanes, nv * lanes);
                 let last = (p.n - col).min(width) - (nv - 1) * lanes;
                 // SAFETY: the panel's start lies inside B by the caller's contract.
