@@ -11,7 +11,6 @@ use crate::layout::transpose_2d_backward;
 use crate::simd::{Level, Simd};
 use crate::simd_fn;
 use crate::softmax::softmax_row;
-use crate::vmath;
 use crate::workspace::Workspace;
 
 /// The contrastive loss with soft targets, of B embeddings `a` against B' embeddings `b`, D wide.
@@ -56,7 +55,7 @@ fn cross_entropy_impl<S: Simd>(s: S, scale: f32, subtract_entropy: bool, x: &[f3
     let mut sum = 0.0f64;
     let mut i = 0;
     while i < x.len() {
-        let e = vmath::exp(s, s.sub(s.mul(s.load_partial(&x[i..]), scales), tops));
+        let e = s.exp_bounded(s.sub(s.mul(s.load_partial(&x[i..]), scales), tops));
         let mut lanes = [0.0f32; 16];
         let n = S::LANES.min(x.len() - i);
         s.store_partial(&mut lanes[..n], e);

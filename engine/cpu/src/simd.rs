@@ -169,7 +169,7 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn sqrt(self, a: Self::V) -> Self::V;
     /// Nearest integer, ties to even.
     fn round(self, a: Self::V) -> Self::V;
-    /// `2^n` for integral lanes in `-126..=127`.
+    /// `2^n` for integral lanes in `-126..=127`, 0 for -127.
     fn pow2(self, n: Self::V) -> Self::V;
     /// `x` where `a > b`, else `y`.
     fn select_gt(self, a: Self::V, b: Self::V, x: Self::V, y: Self::V) -> Self::V;
@@ -220,22 +220,38 @@ pub trait Simd: Copy + Send + Sync + 'static {
         // SAFETY: exactly the slice's elements are written, fewer than LANES.
         unsafe { self.store_partial_ptr(y.as_mut_ptr(), y.len(), v) }
     }
-    /// `e^a`, relative error below 2e-7; below about -87.3 the result is 0, above 88.3 it is capped near `f32::MAX`.
-    ///
-    /// Cody–Waite reduction to `|r| <= ln2/2`, then a degree-6 Taylor–Horner polynomial, then a scale by `2^n`.
+    /// `p * 2^n` for integral lanes `n <= 127`, 0 (or subnormal) where that underflows; NaN in `p` stays.
+    #[inline(always)]
+    fn scale_pow2(self, p: Self::V, n: Self::V) -> Self::V {
+        self.mul(p, self.pow2(self.max(self.splat(-127.0), n)))
+    }
+    /// `1 / a`, relative error below 2e-7, for `|a|` in `2^-126..2^127`.
+    #[inline(always)]
+    fn recip(self, a: Self::V) -> Self::V {
+        self.div(self.splat(1.0), a)
+    }
+    /// `e^a`, relative error below 2e-7; 0 below about -87.3 (or subnormal, down to -104), capped near 2e38 above 88,
+    /// NaN where `a` is: a diverged activation must reach the loss.
     #[inline(always)]
     fn exp(self, a: Self::V) -> Self::V {
-        let lo = self.splat(-87.336_54);
-        let x = self.min(self.max(a, lo), self.splat(88.3));
+        // The order of the arguments lets NaN through.
+        self.exp_bounded(self.min(self.splat(88.0), a))
+    }
+    /// [`Simd::exp`] of lanes known not to pass 88.
+    ///
+    /// Cody–Waite reduction to `|r| <= ln2/2`, then `1 + r q(r)` with q of degree 5 fitted by least squares of the
+    /// relative error (2.3e-9 at most), then a scale by `2^n`.
+    #[inline(always)]
+    fn exp_bounded(self, a: Self::V) -> Self::V {
+        let x = self.max(self.splat(-104.0), a);
         let n = self.round(self.mul(x, self.splat(std::f32::consts::LOG2_E)));
         let r = self.fma(n, self.splat(-0.693_359_4), x);
         let r = self.fma(n, self.splat(2.121_944_4e-4), r);
-        let mut p = self.splat(1.0 / 5040.0);
-        for c in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
+        let mut p = self.splat(0.001_385_926);
+        for c in [0.008_374_805, 0.041_667_726, 0.166_664_2, 0.499_999_95, 1.0, 1.0] {
             p = self.fma(p, r, self.splat(c));
         }
-        let e = self.mul(p, self.pow2(n));
-        self.select_gt(a, lo, e, self.zero())
+        self.scale_pow2(p, n)
     }
 }
 

@@ -40,26 +40,37 @@ pub(crate) fn small_gemm<S: Simd>(
     assert!(k == 0 || a.data.len() > (m - 1) * a.row + (k - 1) * a.col, "A too short");
     assert!(k == 0 || b.len() >= (k - 1) * ldb + wide, "B too short");
     assert!(c.len() >= (m - 1) * ldc + wide, "C too short");
+    // 32 registers hold 16 sums, 16 hold 8.
+    let widest = if S::LANES >= 16 { 4 } else { 2 };
     let mut col = 0;
     while col < wide {
-        let vectors = (wide - col) / S::LANES;
-        let step = if vectors >= 4 { 4 } else { vectors };
+        let step = ((wide - col) / S::LANES).min(widest);
+        let tall = if step * 8 <= widest * 4 { 8 } else { 4 };
         let mut row = 0;
         while row < m {
-            let rows = (m - row).min(4);
-            // SAFETY: the asserts above bound every index that a tile of `rows` x `step` vectors at
-            // (row, col) touches.
-            unsafe {
-                match (rows, step) {
-                    (4, 4) => tile::<S, 4, 4>(s, row, col, k, alpha, a, b, ldb, c, ldc),
-                    (4, 3) => tile::<S, 4, 3>(s, row, col, k, alpha, a, b, ldb, c, ldc),
-                    (4, 2) => tile::<S, 4, 2>(s, row, col, k, alpha, a, b, ldb, c, ldc),
-                    (4, _) => tile::<S, 4, 1>(s, row, col, k, alpha, a, b, ldb, c, ldc),
-                    (_, 4) => (row..row + rows).for_each(|i| tile::<S, 1, 4>(s, i, col, k, alpha, a, b, ldb, c, ldc)),
-                    (_, 3) => (row..row + rows).for_each(|i| tile::<S, 1, 3>(s, i, col, k, alpha, a, b, ldb, c, ldc)),
-                    (_, 2) => (row..row + rows).for_each(|i| tile::<S, 1, 2>(s, i, col, k, alpha, a, b, ldb, c, ldc)),
-                    _ => (row..row + rows).for_each(|i| tile::<S, 1, 1>(s, i, col, k, alpha, a, b, ldb, c, ldc)),
-                }
+            let rows = match m - row {
+                left if left >= tall => tall,
+                left if left >= 4 => 4,
+                _ => 1,
+            };
+            macro_rules! run {
+                ($r:literal, $n:literal) => {
+                    // SAFETY: the asserts above bound every index that a tile of `rows` rows and `step`
+                    // vectors at (row, col) touches.
+                    unsafe { tile::<S, $r, $n>(s, row, col, k, alpha, a, b, ldb, c, ldc) }
+                };
+            }
+            match (rows, step) {
+                (8, 2) => run!(8, 2),
+                (8, _) => run!(8, 1),
+                (4, 4) => run!(4, 4),
+                (4, 3) => run!(4, 3),
+                (4, 2) => run!(4, 2),
+                (4, _) => run!(4, 1),
+                (_, 4) => run!(1, 4),
+                (_, 3) => run!(1, 3),
+                (_, 2) => run!(1, 2),
+                _ => run!(1, 1),
             }
             row += rows;
         }

@@ -5,7 +5,6 @@ use rayon::prelude::*;
 use crate::activation::CHUNK;
 use crate::simd::{Level, Simd};
 use crate::simd_fn;
-use crate::vmath;
 
 /// Largest element, or NaN if there is one.
 #[inline(always)]
@@ -42,14 +41,14 @@ fn shifted_exp<S: Simd>(s: S, scale: f32, x: &[f32], y: &mut [f32]) -> (f32, f32
     let mut sum = s.zero();
     let mut i = 0;
     while i + S::LANES <= x.len() {
-        let e = vmath::exp(s, s.sub(s.mul(s.load(&x[i..]), scales), tops));
+        let e = s.exp_bounded(s.sub(s.mul(s.load(&x[i..]), scales), tops));
         s.store(&mut y[i..], e);
         sum = s.add(sum, e);
         i += S::LANES;
     }
     let mut total = s.sum(sum);
     if i < x.len() {
-        let e = vmath::exp(s, s.sub(s.mul(s.load_partial(&x[i..]), scales), tops));
+        let e = s.exp_bounded(s.sub(s.mul(s.load_partial(&x[i..]), scales), tops));
         s.store_partial(&mut y[i..], e);
         total += y[i..].iter().sum::<f32>();
     }
@@ -112,7 +111,7 @@ fn log_back_rows_impl<S: Simd>(s: S, c: usize, scale: f32, y: &[f32], dy: &[f32]
         let sum = s.splat(s.sum(sum));
         i = 0;
         while i < c {
-            let p = vmath::exp(s, s.load_partial(&y[i..]));
+            let p = s.exp_bounded(s.load_partial(&y[i..]));
             let g = s.mul(scales, s.sub(s.load_partial(&dy[i..]), s.mul(p, sum)));
             let g = if accumulate { s.add(g, s.load_partial(&dx[i..])) } else { g };
             s.store_partial(&mut dx[i..], g);

@@ -2,29 +2,10 @@
 
 use crate::simd::Simd;
 
-/// `e^a`, relative error below 2e-7; 0 below about -87.3, capped near `f32::MAX` above 88.3, NaN for NaN.
-///
-/// Cody–Waite reduction to `|r| <= ln 2 / 2`, a degree-7 Taylor–Horner polynomial, then a scale by `2^n`.
-/// Differs from [`Simd::exp`] in that NaN stays NaN: a diverged activation must reach the loss.
-#[inline(always)]
-pub(crate) fn exp<S: Simd>(s: S, a: S::V) -> S::V {
-    let low = s.splat(-87.336_54);
-    let x = s.min(s.splat(88.3), s.max(low, a));
-    let n = s.round(s.mul(x, s.splat(std::f32::consts::LOG2_E)));
-    let r = s.fma(n, s.splat(-0.693_359_4), x);
-    let r = s.fma(n, s.splat(2.121_944_4e-4), r);
-    let mut p = s.splat(1.0 / 5040.0);
-    for coefficient in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
-        p = s.fma(p, r, s.splat(coefficient));
-    }
-    s.select_gt(low, a, s.zero(), s.mul(p, s.pow2(n)))
-}
-
 /// `1 / (1 + e^-x)`, relative error below 3e-7.
 #[inline(always)]
 pub(crate) fn sigmoid<S: Simd>(s: S, x: S::V) -> S::V {
-    let one = s.splat(1.0);
-    s.div(one, s.add(one, exp(s, s.sub(s.zero(), x))))
+    s.recip(s.add(s.splat(1.0), s.exp(s.sub(s.zero(), x))))
 }
 
 /// `tanh x`, relative error below 4e-7: an odd polynomial near 0, where the quotient of exponentials cancels.
@@ -32,8 +13,8 @@ pub(crate) fn sigmoid<S: Simd>(s: S, x: S::V) -> S::V {
 pub(crate) fn tanh<S: Simd>(s: S, x: S::V) -> S::V {
     let one = s.splat(1.0);
     let magnitude = s.select_gt(s.zero(), x, s.sub(s.zero(), x), x);
-    let e = exp(s, s.mul(magnitude, s.splat(-2.0)));
-    let large = s.div(s.sub(one, e), s.add(one, e));
+    let e = s.exp_bounded(s.mul(magnitude, s.splat(-2.0)));
+    let large = s.mul(s.sub(one, e), s.recip(s.add(one, e)));
     let large = s.select_gt(s.zero(), x, s.sub(s.zero(), large), large);
     // Taylor series to x^15, good to 1e-8 relative on |x| <= 0.4.
     let x2 = s.mul(x, x);
@@ -55,8 +36,9 @@ pub(crate) fn tanh<S: Simd>(s: S, x: S::V) -> S::V {
 fn normal<S: Simd>(s: S, x: S::V) -> (S::V, S::V) {
     let one = s.splat(1.0);
     let t = s.select_gt(s.zero(), x, s.sub(s.zero(), x), x);
-    let bell = exp(s, s.mul(s.mul(x, x), s.splat(-0.5)));
-    let u = s.div(one, s.fma(t, s.splat(0.25), one));
+    let bell = s.exp_bounded(s.mul(s.mul(x, x), s.splat(-0.5)));
+    // Far out the density is 0 and only finiteness matters.
+    let u = s.recip(s.fma(s.min(s.splat(1e3), t), s.splat(0.25), one));
     let mut p = s.splat(0.026_194_198);
     for coefficient in [
         -0.155_024_28,

@@ -87,6 +87,12 @@ impl Simd for Avx512 {
             _mm512_set1_epi32(127),
         )));
         select_gt(a, b, x, y) = _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_GT_OQ>(a, b), y, x);
+        scale_pow2(p, n) = _mm512_scalef_ps(p, n);
+        // A 14-bit estimate and one Newton step.
+        recip(a) = {
+            let r = _mm512_rcp14_ps(a);
+            _mm512_mul_ps(r, _mm512_fnmadd_ps(a, r, _mm512_set1_ps(2.0)))
+        };
     }
     #[inline(always)]
     fn sum(self, a: __m512) -> f32 {
