@@ -104,15 +104,7 @@ fn decode_jpeg(bytes: &[u8], max_pixels: u64) -> Result<RgbImage, ImageFault> {
     decoder.decode_headers().map_err(|e| fail(&e))?;
     let (width, height) = decoder.dimensions().ok_or_else(|| fail(&"no size in its header"))?;
     let pixels = budget(width, height, max_pixels)?;
-    // Adobe's writers store CMYK inverted and mark it; without the mark the values are plain ink amounts.
-    if decoder.input_colorspace() == Some(ColorSpace::CMYK) && !has_adobe_marker(bytes) {
-        decoder.set_options(options.jpeg_set_out_colorspace(ColorSpace::CMYK));
-        let inks = decoder.decode().map_err(|e| fail(&e))?;
-        if inks.len() != pixels * 4 {
-            return Err(fail(&"decoder gave another number of pixels"));
-        }
-        return Ok(RgbImage { width, height, pixels: plain_cmyk_to_rgb(&inks) });
-    }
+    // CMYK is taken as stored inverted, Adobe's convention, with or without Adobe's marker: PIL does the same.
     let rgb = decoder.decode().map_err(|e| fail(&e))?;
     let rgb = match rgb.len() / pixels {
         3 => rgb,
@@ -123,32 +115,6 @@ fn decode_jpeg(bytes: &[u8], max_pixels: u64) -> Result<RgbImage, ImageFault> {
         return Err(fail(&"decoder gave another number of pixels"));
     }
     Ok(RgbImage { width, height, pixels: rgb })
-}
-
-/// Whether an APP14 segment "Adobe" stands before the image data.
-fn has_adobe_marker(bytes: &[u8]) -> bool {
-    let mut at = 2;
-    while let Some(&[0xff, marker, high, low]) = bytes.get(at..at + 4) {
-        if marker == 0xee && bytes.get(at + 4..at + 9) == Some(b"Adobe") {
-            return true;
-        }
-        if marker == 0xda {
-            return false;
-        }
-        at += 2 + usize::from(u16::from_be_bytes([high, low]));
-    }
-    false
-}
-
-fn plain_cmyk_to_rgb(inks: &[u8]) -> Vec<u8> {
-    let mut rgb = Vec::with_capacity(inks.len() / 4 * 3);
-    for &[c, m, y, k] in inks.as_chunks::<4>().0 {
-        let light = 255 - u32::from(k);
-        for ink in [c, m, y] {
-            rgb.push(((255 - u32::from(ink)) * light).div_ceil(255).min(255) as u8);
-        }
-    }
-    rgb
 }
 
 /// Grey (with `channels - 1` bytes to drop after each value) to RGB.

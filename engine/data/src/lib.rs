@@ -14,6 +14,7 @@ mod entities;
 mod error;
 mod eval_set;
 mod files;
+mod from_spec;
 mod loader;
 mod mix;
 mod ordered;
@@ -32,6 +33,7 @@ pub use eval_set::{
     CLASSNAMES, DATASET_TYPE, DatasetType, EvalBatch, EvalOptions, EvalReader, EvalSet, PLACEHOLDER, TEMPLATES,
     check_template, dataset_type, read_classnames, read_templates,
 };
+pub use from_spec::components;
 pub use loader::{Batch, LoaderOptions, LoaderStats, OnBadSample, TrainLoader, epoch_order};
 pub use mix::{CutBox, Mix, MixOptions, MixPolicy, MixTargets, model_input};
 pub use rng::Rng;
