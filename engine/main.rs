@@ -1,0 +1,7 @@
+//! The `mcpipe` binary.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    ExitCode::from(mcpipe_cli::main())
+}

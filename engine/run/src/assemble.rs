@@ -1,0 +1,249 @@
+//! From resolved models and stored results to what the trainer takes: towers with weights, batches, objective.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use mcpipe_data::{LoaderOptions, MixOptions, MixPolicy, Normalize, RandomCrop, SampleSet, TrainLoader};
+use mcpipe_graph::{GraphBuilder, Param, ParamStore, StepGraph};
+use mcpipe_models::weights::{Entry, NameMap, write_safetensors};
+use mcpipe_models::{Checkpoint, Preprocess};
+use mcpipe_spec::{OnBadSample, Spec, TrainData};
+use mcpipe_train::{Batch, BatchSource, BoxError, ImageTower, LOGIT_SCALE, Mix, TextTower};
+
+use crate::error::RunError;
+use crate::resolve::models::TEXT;
+
+/// File of a stage's trained or loaded weights.
+pub const WEIGHTS: &str = "weights.safetensors";
+
+/// The graph of an image tower for one image, for its parameters, shapes and cost.
+///
+/// # Errors
+/// A tower that can't be built.
+pub fn image_graph(tower: &dyn ImageTower) -> Result<StepGraph, RunError> {
+    let mut g = GraphBuilder::new(false);
+    let side = tower.image_size();
+    let x_bhwc = g.input("images", &[1, side, side, 3]);
+    let encoded = tower.build(&mut g, &x_bhwc, &[])?;
+    g.output("embedding", &encoded.embedding_bd);
+    Ok(g.finish())
+}
+
+/// The graph of a text tower for one caption.
+///
+/// # Errors
+/// A tower that can't be built.
+pub fn text_graph(tower: &dyn TextTower) -> Result<StepGraph, RunError> {
+    let mut g = GraphBuilder::new(false);
+    let ids_bl = g.int_input("ids", &[1, tower.context_length()]);
+    let eot_b = g.int_input("eot", &[1]);
+    let embedding_bd = tower.build(&mut g, &ids_bl, &eot_b)?;
+    g.output("embedding", &embedding_bd);
+    Ok(g.finish())
+}
+
+/// Weights of a model and the logit scale (not its logarithm) that the file holds.
+#[derive(Clone, Debug)]
+pub struct Weights {
+    /// The weights, under the names that the towers use.
+    pub store: ParamStore,
+    /// exp(logit scale).
+    pub logit_scale: Option<f64>,
+}
+
+/// Reads the weights of towers from a file under timm's and open_clip's names. All their parameters must be there
+/// with their shapes; whatever else the file holds is left.
+///
+/// # Errors
+/// A file that can't be read or whose tensors are not the model's.
+pub fn read_weights(
+    path: &Path,
+    image: Option<(&dyn ImageTower, &str)>,
+    text: Option<&dyn TextTower>,
+) -> Result<Weights, RunError> {
+    let file = Checkpoint::open(path)?;
+    let mut store = ParamStore::default();
+    let mut names = NameMap::new();
+    if let Some((tower, at)) = image {
+        declare(&mut store, &image_graph(tower)?);
+        names = names.and_image(&file, at);
+    }
+    if let Some(tower) = text {
+        declare(&mut store, &text_graph(tower)?);
+        names = names.and_text(&file, TEXT);
+    }
+    file.load(&mut store, &names)?;
+    let logit_scale = file.values(LOGIT_SCALE)?.and_then(|v| v.first().map(|&log| f64::from(log).exp()));
+    Ok(Weights { store, logit_scale })
+}
+
+/// Reads a file that this program wrote for a model whose graph is `graph`; its names are the store's.
+///
+/// # Errors
+/// As [`read_weights`].
+pub fn read_own(path: &Path, graphs: &[StepGraph]) -> Result<Weights, RunError> {
+    let file = Checkpoint::open(path)?;
+    let mut store = ParamStore::default();
+    graphs.iter().for_each(|graph| declare(&mut store, graph));
+    let asked: Vec<String> = store.params().iter().map(|p| p.name.clone()).collect();
+    let names = asked.iter().fold(NameMap::new(), |names, name| names.and(name.clone(), name.clone()));
+    file.load(&mut store, &names)?;
+    let logit_scale = file.values(LOGIT_SCALE)?.and_then(|v| v.first().map(|&log| f64::from(log).exp()));
+    Ok(Weights { store, logit_scale })
+}
+
+/// A store with the parameters of graphs, without values: enough to plan, not to run.
+pub fn declared(graphs: &[StepGraph]) -> ParamStore {
+    let mut store = ParamStore::default();
+    graphs.iter().for_each(|graph| declare(&mut store, graph));
+    store
+}
+
+/// Adds a graph's parameters without values: a file is to bring them.
+fn declare(store: &mut ParamStore, graph: &StepGraph) {
+    for spec in graph.params() {
+        let (name, shape) = (spec.name.clone(), spec.shape.clone());
+        store.insert(Param { name, shape, kind: spec.kind, data: Vec::new() });
+    }
+}
+
+/// Writes a store as a safetensors file, with the logit scale's logarithm where the store has none of its own.
+///
+/// # Errors
+/// The file system's refusal.
+pub fn write_weights(
+    path: &Path,
+    store: &ParamStore,
+    logit_scale: Option<f64>,
+    metadata: &[(&str, String)],
+) -> Result<(), RunError> {
+    let mut tensors: BTreeMap<String, Entry<'_>> = store
+        .params()
+        .iter()
+        .map(|p| (p.name.clone(), Entry::F32(p.shape.clone(), Cow::Borrowed(p.data.as_slice()))))
+        .collect();
+    if let Some(scale) = logit_scale {
+        tensors
+            .entry(LOGIT_SCALE.to_owned())
+            .or_insert_with(|| Entry::F32(Vec::new(), Cow::Owned(vec![scale.ln() as f32])));
+    }
+    let metadata = metadata.iter().map(|(k, v)| ((*k).to_owned(), v.clone())).collect();
+    Ok(write_safetensors(path, &tensors, &metadata)?)
+}
+
+/// A model's own form of its images.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct View {
+    /// Side in pixels.
+    pub size: usize,
+    /// Normalisation.
+    pub normalize: Normalize,
+}
+
+impl View {
+    /// The form of a backbone's images at a size.
+    pub fn new(size: usize, preprocess: &Preprocess) -> Self {
+        Self { size, normalize: Normalize { mean: preprocess.mean, std: preprocess.std } }
+    }
+}
+
+/// The distinct views of a step's models.
+#[derive(Clone, Debug, Default)]
+pub struct Views(pub Vec<View>);
+
+impl Views {
+    /// The position of a view, added where it is new.
+    pub fn position(&mut self, view: View) -> usize {
+        let found = self.0.iter().position(|held| *held == view);
+        found.unwrap_or_else(|| {
+            self.0.push(view);
+            self.0.len() - 1
+        })
+    }
+}
+
+/// The shards of a pipeline's training data.
+pub fn open_training_data(shards: Vec<PathBuf>) -> Result<Arc<SampleSet>, RunError> {
+    Ok(Arc::new(SampleSet::open(shards)?))
+}
+
+/// What happens to a bad sample, in the loader's words.
+pub fn on_bad_sample(data: &TrainData) -> mcpipe_data::OnBadSample {
+    match data.on_bad_sample {
+        OnBadSample::Fail => mcpipe_data::OnBadSample::Fail,
+        OnBadSample::Skip => {
+            mcpipe_data::OnBadSample::Skip { max: usize::try_from(data.max_bad_samples).unwrap_or(usize::MAX) }
+        }
+    }
+}
+
+/// The options of the training stream of a model.
+pub fn loader_options(spec: &Spec, seed: u64, batch_size: usize, views: &Views) -> LoaderOptions {
+    let mut sizes: Vec<usize> = Vec::new();
+    for view in &views.0 {
+        if !sizes.contains(&view.size) {
+            sizes.push(view.size);
+        }
+    }
+    let augment = &spec.augment;
+    let crop = augment
+        .crop
+        .as_ref()
+        .map(|crop| RandomCrop { scale: (crop.scale[0], crop.scale[1]), ratio: (crop.ratio[0], crop.ratio[1]) });
+    let mix = MixPolicy {
+        mixup: augment.mixup.as_ref().map(|m| MixOptions { alpha: m.alpha, probability: m.probability }),
+        cutmix: augment.cutmix.as_ref().map(|m| MixOptions { alpha: m.alpha, probability: m.probability }),
+    };
+    LoaderOptions {
+        seed,
+        batch_size,
+        sizes,
+        augment: mcpipe_data::Augment { crop, flip: augment.flip },
+        mix,
+        on_bad_sample: on_bad_sample(&spec.data.train),
+        workers: spec.data.train.workers,
+        prefetch: 2 * spec.data.train.workers,
+        ..LoaderOptions::default()
+    }
+}
+
+/// Batches of the loader in the trainer's form: each model's view normalised, mixed alike.
+#[derive(Debug)]
+pub struct Source {
+    loader: TrainLoader,
+    views: Views,
+}
+
+impl Source {
+    /// Starts the stream at a step.
+    ///
+    /// # Errors
+    /// Options out of range, or fewer usable samples than one batch holds.
+    pub fn start(set: Arc<SampleSet>, options: LoaderOptions, views: Views, step: u64) -> Result<Self, RunError> {
+        Ok(Self { loader: TrainLoader::start(set, options, step)?, views })
+    }
+
+    /// What the loader has met.
+    pub fn stats(&self) -> &mcpipe_data::LoaderStats {
+        self.loader.stats()
+    }
+}
+
+impl BatchSource for Source {
+    fn next_batch(&mut self) -> Result<Batch, BoxError> {
+        let batch = self.loader.next_batch()?;
+        let rows = batch.len();
+        let mut views = Vec::with_capacity(self.views.0.len());
+        for view in &self.views.0 {
+            let bytes = batch.images_of(view.size).unwrap_or_default();
+            let mut values = vec![0.0; bytes.len()];
+            mcpipe_data::model_input(bytes, rows, view.size, batch.mix.as_ref(), &view.normalize, &mut values)?;
+            views.push(values);
+        }
+        let mix = batch.mix_targets().map(|targets| Mix { partner: targets.partner, keep: targets.lambda });
+        let cursor = serde_json::json!({ "step": self.loader.step() });
+        Ok(Batch { views, captions: batch.captions, mix, cursor })
+    }
+}

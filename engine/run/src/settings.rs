@@ -1,0 +1,66 @@
+//! How a run uses the machine.
+
+use std::num::NonZero;
+use std::path::PathBuf;
+
+use mcpipe_graph::Kernels;
+
+use crate::error::RunError;
+
+/// How a run uses the machine and where it keeps results; none of it comes from the pipeline file but `threads`.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Folder of the store.
+    pub store: PathBuf,
+    /// Take no result from the store.
+    pub fresh: bool,
+    /// Heavy stages (training, evaluation) that may run at the same time. Their kernels use all threads each, so that
+    /// more than one pays only where a stage can't fill the machine.
+    pub jobs: usize,
+    /// Threads for computing, at least 1.
+    pub threads: usize,
+    /// Which kernels run the graphs.
+    pub kernels: Kernels,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self { store: default_store(), fresh: false, jobs: 1, threads: all_threads(), kernels: Kernels::Native }
+    }
+}
+
+/// The store's folder where nothing else is asked for: `MCPIPE_STORE`, or `.mcpipe/store` in the current folder.
+pub fn default_store() -> PathBuf {
+    std::env::var_os("MCPIPE_STORE").map_or_else(|| PathBuf::from(".mcpipe/store"), PathBuf::from)
+}
+
+/// One thread for each core that this process may use.
+pub fn all_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, NonZero::get)
+}
+
+impl Settings {
+    /// Gives the process its pool of threads; to be called once, before the first computation.
+    ///
+    /// # Errors
+    /// The system refuses the threads, or a pool of another size is in place already.
+    pub fn install_threads(&self) -> Result<(), RunError> {
+        let built = rayon::ThreadPoolBuilder::new()
+            .num_threads(self.threads)
+            .thread_name(|i| format!("compute-{i}"))
+            .build_global();
+        match built {
+            Err(_) if rayon::current_num_threads() == self.threads => Ok(()),
+            Err(error) => Err(RunError::Usage(format!("{} threads can't be started: {error}", self.threads))),
+            Ok(()) => Ok(()),
+        }
+    }
+
+    /// The word for the kernels in hashes and lock files.
+    pub fn kernels_id(&self) -> &'static str {
+        match self.kernels {
+            Kernels::Native => "native",
+            Kernels::Reference => "reference",
+        }
+    }
+}
