@@ -5,9 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use mcpipe_graph::backend::Cpu;
-use mcpipe_graph::{
-    Executor, Feed, Grads, GraphBuilder, Mode, Param, ParamKind, ParamStore, Path, StepGraph, Tensor,
-};
+use mcpipe_graph::{Executor, Feed, Grads, GraphBuilder, Mode, Param, ParamKind, ParamStore, Path, StepGraph, Tensor};
 use mcpipe_models::{Checkpoint, Tap, backbone, eot_positions, text_encoder};
 
 /// SplitMix64's finaliser.

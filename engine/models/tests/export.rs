@@ -1,0 +1,202 @@
+//! Exported students compute what the trained ones do.
+
+use std::sync::Arc;
+
+use mcpipe_graph::backend::Cpu;
+use mcpipe_graph::{Executor, Feed, GraphBuilder, Mode, ParamStore, Path};
+use mcpipe_models::export::{Student, StudentText, export_open_clip, export_timm};
+use mcpipe_models::projection::{Projection, ProjectionKind};
+use mcpipe_models::weights::NameMap;
+use mcpipe_models::{Backbone, Checkpoint, TextEncoder, WeightsError, backbone, eot_positions, text_encoder};
+
+const SIDE: usize = 32;
+const IDS: [i32; 10] = [18, 3, 4, 19, 0, 18, 5, 6, 7, 19];
+
+fn small() -> Box<dyn Backbone> {
+    let sizes = "stem = 8\nchannels = [8, 8, 16, 16, 16]\ndepths = [1, 2, 1, 1, 1]\ntransformer_dims = [16, 16, 16]\n\
+                 transformer_depths = [1, 1, 1]\nfeatures = 24";
+    backbone("mobilevit_xxs", &sizes.parse().unwrap()).unwrap()
+}
+
+fn vit() -> Box<dyn Backbone> {
+    backbone("vit", &"patch_size = 8\nwidth = 24\ndepth = 1\nheads = 2".parse().unwrap()).unwrap()
+}
+
+fn text() -> Box<dyn TextEncoder> {
+    let sizes = "width = 16\nheads = 2\ndepth = 1\nvocab_size = 20\ncontext_length = 5".parse().unwrap();
+    text_encoder("transformer", &sizes).unwrap()
+}
+
+/// How a model is put together.
+struct Form<'a> {
+    image: &'a dyn Backbone,
+    image_path: &'a str,
+    text_path: &'a str,
+    head: Option<usize>,
+    text_dim: usize,
+    projection: Option<(Projection, &'a str)>,
+    shared: bool,
+}
+
+/// Embeddings `[image, text]` of a fixed batch; parameters that the store lacks are drawn.
+fn embeddings(form: &Form<'_>, store: &mut ParamStore) -> [Vec<f32>; 2] {
+    let mut g = GraphBuilder::new(false);
+    let x = g.input("x", &[2, SIDE, SIDE, 3]);
+    let mut image = form.image.build(&mut g, &Path::new(form.image_path), &x, form.head, &[]).unwrap().embedding;
+    let (ids, eot) = (g.int_input("ids", &[2, 5]), g.int_input("eot", &[2]));
+    let mut words =
+        text().build(&mut g, &Path::new(form.text_path), &ids, &eot, Some(form.text_dim)).unwrap().embedding;
+    if let Some((projection, path)) = form.projection {
+        image = projection.build(&mut g, &Path::new(path), &image).unwrap();
+        if form.shared {
+            words = projection.build(&mut g, &Path::new(path), &words).unwrap();
+        }
+    }
+    g.output("image", &image);
+    g.output("text", &words);
+    let graph = Arc::new(g.finish());
+    store.init(&graph, 5).unwrap();
+    let mut executor = Executor::new(graph, store, Mode::Forward, Cpu::default()).unwrap();
+    let pixels: Vec<f32> = (0..2 * SIDE * SIDE * 3).map(|i| ((i * 7919 % 1000) as f32 - 500.0) / 300.0).collect();
+    let feeds = [("x", Feed::F32(&pixels)), ("ids", Feed::I32(&IDS)), ("eot", Feed::I32(&eot_positions(&IDS, 5)))];
+    executor.forward(store, &feeds).unwrap();
+    [executor.value(&image).into_owned(), executor.value(&words).into_owned()]
+}
+
+/// Non-zero biases, and statistics that are not the initial ones.
+fn disturb(store: &mut ParamStore) {
+    for p in store.params_mut().iter_mut().filter(|p| p.shape.len() == 1) {
+        p.data.iter_mut().enumerate().for_each(|(i, v)| *v += 0.1 + 0.01 * i as f32);
+    }
+}
+
+fn close(a: &[f32], b: &[f32]) {
+    assert_eq!(a.len(), b.len());
+    let gap = a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
+    assert!(gap < 1e-4, "embeddings differ by {gap}");
+}
+
+const LINEAR: Projection = Projection { kind: ProjectionKind::Linear, dim: 6 };
+const MLP: Projection = Projection { kind: ProjectionKind::Mlp { hidden: 12 }, dim: 6 };
+
+#[test]
+fn a_linear_projection_is_folded_into_the_head() {
+    let dir = tempfile::tempdir().unwrap();
+    for (n, (image, head, shared)) in
+        [(small(), Some(10), true), (small(), None, false), (vit(), Some(10), true), (vit(), None, false)]
+            .into_iter()
+            .enumerate()
+    {
+        let text_dim = if shared { 10 } else { 6 };
+        let projection = Some((LINEAR, "student.projection"));
+        let form = Form {
+            image: &*image,
+            image_path: "student.image",
+            text_path: "t.text",
+            head,
+            text_dim,
+            projection,
+            shared,
+        };
+        let mut store = ParamStore::default();
+        embeddings(&form, &mut store);
+        disturb(&mut store);
+        let expected = embeddings(&form, &mut store);
+
+        let student = Student {
+            store: &store,
+            backbone: &*image,
+            image_path: "student.image",
+            image_size: SIDE,
+            projection,
+            batches: 11,
+        };
+        let encoder = text();
+        let student_text = StudentText {
+            store: &store,
+            encoder: &*encoder,
+            path: "t.text",
+            shared_projection: shared,
+            logit_scale: 2.5,
+        };
+        let out = export_open_clip(&student, &student_text, &dir.path().join(n.to_string())).unwrap();
+        let checkpoint = Checkpoint::open(&out.weights).unwrap();
+        let plain = Form {
+            image: &*image,
+            image_path: "i",
+            text_path: "t",
+            head: Some(6),
+            text_dim: 6,
+            projection: None,
+            shared: false,
+        };
+        let mut exported = ParamStore::default();
+        embeddings(&plain, &mut exported);
+        checkpoint.load(&mut exported, &NameMap::new().and_image(&checkpoint, "i").and_text(&checkpoint, "t")).unwrap();
+        let [a, b] = embeddings(&plain, &mut exported);
+        close(&a, &expected[0]);
+        close(&b, &expected[1]);
+        let config: serde_json::Value = serde_json::from_slice(&std::fs::read(&out.config).unwrap()).unwrap();
+        assert_eq!(config["model_cfg"]["embed_dim"], 6);
+
+        let file = dir.path().join(format!("{n}.safetensors"));
+        if image.name() == "vit" {
+            assert!(matches!(export_timm(&student, &file), Err(WeightsError::Export(_))));
+            continue;
+        }
+        let timm = export_timm(&student, &file).unwrap();
+        assert_eq!((timm.num_classes, timm.projection_left_out), (6, false));
+        let checkpoint = Checkpoint::open(&file).unwrap();
+        let mut exported = ParamStore::default();
+        embeddings(&plain, &mut exported);
+        checkpoint.load(&mut exported, &NameMap::whole("i")).unwrap();
+        close(&embeddings(&plain, &mut exported)[0], &expected[0]);
+    }
+}
+
+#[test]
+fn an_mlp_projection_becomes_open_clips_or_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let (image, encoder) = (small(), text());
+    let projection = Some((MLP, "student.projection"));
+    let form = Form {
+        image: &*image,
+        image_path: "student.image",
+        text_path: "t.text",
+        head: Some(10),
+        text_dim: 6,
+        projection,
+        shared: false,
+    };
+    let mut store = ParamStore::default();
+    embeddings(&form, &mut store);
+    disturb(&mut store);
+    let expected = embeddings(&form, &mut store);
+    let student = Student {
+        store: &store,
+        backbone: &*image,
+        image_path: "student.image",
+        image_size: SIDE,
+        projection,
+        batches: 0,
+    };
+    let mut student_text =
+        StudentText { store: &store, encoder: &*encoder, path: "t.text", shared_projection: false, logit_scale: 2.5 };
+    let out = export_open_clip(&student, &student_text, &dir.path().join("out")).unwrap();
+    let checkpoint = Checkpoint::open(&out.weights).unwrap();
+    // open_clip's form: pooled features, then the MLP of the tower's head.
+    let plain = Form { image_path: "i", head: None, projection: Some((MLP, "mlp")), ..form };
+    let mut exported = ParamStore::default();
+    embeddings(&plain, &mut exported);
+    let names = NameMap::new().and_image(&checkpoint, "i").and("visual.head.mlp.", "mlp.");
+    checkpoint.load(&mut exported, &names).unwrap();
+    close(&embeddings(&plain, &mut exported)[0], &expected[0]);
+
+    let timm = export_timm(&student, &dir.path().join("t.safetensors")).unwrap();
+    assert_eq!((timm.num_classes, timm.projection_left_out), (0, true));
+    student_text.shared_projection = true;
+    assert!(matches!(export_open_clip(&student, &student_text, dir.path()), Err(WeightsError::Export(_))));
+    let nowhere = Student { image_path: "nobody", ..student };
+    assert!(matches!(export_timm(&nowhere, &dir.path().join("n.safetensors")), Err(WeightsError::Export(_))));
+    assert!(!dir.path().join("n.safetensors").exists());
+}
