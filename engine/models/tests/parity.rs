@@ -1,5 +1,6 @@
 //! Parity with timm and open_clip on the fixtures of `fixtures/make.py`: same weights and inputs by formula, compared
 //! outputs, taps, running statistics, gradients, names and initialisation.
+#![allow(clippy::unwrap_used)] // a panic is how a test fails
 
 use std::path::PathBuf;
 use std::sync::Arc;

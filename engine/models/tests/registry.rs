@@ -1,4 +1,5 @@
 //! The registry: names, parameters, schemas, and what is refused.
+#![allow(clippy::unwrap_used)] // a panic is how a test fails
 
 use mcpipe_graph::{GraphBuilder, Path};
 use mcpipe_models::{ModelError, TapShape, backbone, backbones, eot_positions, text_encoder, text_encoders};

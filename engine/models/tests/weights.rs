@@ -1,4 +1,5 @@
 //! Weight files: what is written comes back bit for bit; what does not fit is refused, all at once.
+#![allow(clippy::unwrap_used)] // a panic is how a test fails
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
