@@ -3,6 +3,7 @@
 pub mod activation;
 pub mod attention;
 pub mod bridge;
+mod columns;
 pub mod conv;
 mod depthwise;
 pub mod elementwise;

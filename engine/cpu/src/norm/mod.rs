@@ -6,13 +6,14 @@
 //! Rows are cut into fixed chunks, whatever the number of threads; each chunk leaves partial sums in `f32`
 //! and the partial sums are merged in order, in `f64`.
 
+mod kernels;
+
 use rayon::prelude::*;
 
-use crate::activation::{Activation, CHUNK, with_act};
-use crate::simd::{Level, Simd};
-use crate::simd_fn;
-use crate::vmath::Act;
+use crate::activation::{Activation, CHUNK};
+use crate::simd::Level;
 use crate::workspace::Workspace;
+use kernels::{Backward, affine, input_gradient, layer_rows, layer_rows_back, moments, sums};
 
 /// Size of a normalisation: over the rows for batch norm, over the channels for layer norm.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -39,7 +40,7 @@ impl Norm {
 
     /// Rows of one task.
     fn chunk_rows(&self) -> usize {
-        (2 * CHUNK / self.c.max(1)).max(1)
+        (CHUNK / self.c.max(1)).max(1)
     }
 
     fn chunks(&self) -> usize {
@@ -57,159 +58,6 @@ fn for_chunks(d: &Norm, partials: &mut [f32], task: impl Fn(usize, &mut [f32]) +
 fn span(d: &Norm, chunk: usize) -> std::ops::Range<usize> {
     let rows = d.chunk_rows();
     chunk * rows * d.c..((chunk + 1) * rows).min(d.rows) * d.c
-}
-
-/// Rows summed before a partial sum is moved to a second accumulator, which bounds rounding growth.
-const RUN: usize = 64;
-
-/// Per-channel mean and sum of squared deviations of some rows, about the first row so that a large common
-/// offset does not cancel.
-#[inline(always)]
-fn moments_impl<S: Simd>(s: S, c: usize, x: &[f32], partial: &mut [f32]) {
-    let (mean, m2) = partial.split_at_mut(c);
-    let rows = (x.len() / c) as f32;
-    let inverse = s.splat(1.0 / rows);
-    let count = s.splat(rows);
-    let mut col = 0;
-    while col < c {
-        let shift = s.load_partial(&x[col..c]);
-        let (mut sum, mut square) = (s.zero(), s.zero());
-        for run in x.chunks(RUN * c) {
-            let (mut run_sum, mut run_square) = (s.zero(), s.zero());
-            for row in run.chunks_exact(c) {
-                let v = s.sub(s.load_partial(&row[col..]), shift);
-                run_sum = s.add(run_sum, v);
-                run_square = s.fma(v, v, run_square);
-            }
-            sum = s.add(sum, run_sum);
-            square = s.add(square, run_square);
-        }
-        let offset = s.mul(sum, inverse);
-        s.store_partial(&mut mean[col..], s.add(shift, offset));
-        s.store_partial(&mut m2[col..], s.sub(square, s.mul(count, s.mul(offset, offset))));
-        col += S::LANES;
-    }
-}
-
-/// y = act((x − mean)·scale + beta), per channel. Subtracting first keeps the digits that a large mean would cost.
-#[inline(always)]
-fn affine_act<S: Simd, A: Act>(s: S, mean: &[f32], scale: &[f32], beta: &[f32], x: &[f32], y: &mut [f32]) {
-    let c = scale.len();
-    for (row, out) in x.chunks_exact(c).zip(y.chunks_exact_mut(c)) {
-        let mut i = 0;
-        while i < c {
-            let v = s.sub(s.load_partial(&row[i..]), s.load_partial(&mean[i..]));
-            let z = s.fma(v, s.load_partial(&scale[i..]), s.load_partial(&beta[i..]));
-            s.store_partial(&mut out[i..], A::value(s, z));
-            i += S::LANES;
-        }
-    }
-}
-
-#[inline(always)]
-fn affine_impl<S: Simd>(s: S, act: Activation, mean: &[f32], scale: &[f32], beta: &[f32], x: &[f32], y: &mut [f32]) {
-    with_act!(act, A => affine_act::<S, A>(s, mean, scale, beta, x, y))
-}
-
-/// Per-channel constants of the backward pass.
-#[derive(Clone, Copy)]
-struct Backward<'a> {
-    /// mean.
-    mean: &'a [f32],
-    /// 1/√(var + eps): x̂ = (x − mean)·rstd.
-    rstd: &'a [f32],
-    /// γ·rstd: z = (x − mean)·scale + β; also the factor of g in dx.
-    scale: &'a [f32],
-    /// β.
-    beta: &'a [f32],
-}
-
-/// Σ g and Σ g·x̂ per channel over some rows, g = dy·act'(z).
-#[inline(always)]
-fn sums_act<S: Simd, A: Act>(s: S, k: Backward<'_>, x: &[f32], dy: &[f32], partial: &mut [f32]) {
-    let c = k.scale.len();
-    let (sum_g, sum_gx) = partial.split_at_mut(c);
-    let mut col = 0;
-    while col < c {
-        let (scale, beta) = (s.load_partial(&k.scale[col..]), s.load_partial(&k.beta[col..]));
-        let mean = s.load_partial(&k.mean[col..]);
-        let (mut total_g, mut total_gx) = (s.zero(), s.zero());
-        for (x_run, dy_run) in x.chunks(RUN * c).zip(dy.chunks(RUN * c)) {
-            let (mut run_g, mut run_gx) = (s.zero(), s.zero());
-            for (row, dy_row) in x_run.chunks_exact(c).zip(dy_run.chunks_exact(c)) {
-                let v = s.sub(s.load_partial(&row[col..]), mean);
-                let g = s.mul(s.load_partial(&dy_row[col..]), A::slope(s, s.fma(v, scale, beta)));
-                run_g = s.add(run_g, g);
-                run_gx = s.fma(g, v, run_gx);
-            }
-            total_g = s.add(total_g, run_g);
-            total_gx = s.add(total_gx, run_gx);
-        }
-        s.store_partial(&mut sum_g[col..], total_g);
-        s.store_partial(&mut sum_gx[col..], s.mul(total_gx, s.load_partial(&k.rstd[col..])));
-        col += S::LANES;
-    }
-}
-
-#[inline(always)]
-fn sums_impl<S: Simd>(s: S, act: Activation, k: Backward<'_>, x: &[f32], dy: &[f32], partial: &mut [f32]) {
-    with_act!(act, A => sums_act::<S, A>(s, k, x, dy, partial))
-}
-
-/// dx (+)= scale·g + (x − mean)·slope + offset.
-#[inline(always)]
-fn input_act<S: Simd, A: Act>(
-    s: S,
-    k: Backward<'_>,
-    slope: &[f32],
-    offset: &[f32],
-    x: &[f32],
-    dy: &[f32],
-    dx: &mut [f32],
-    accumulate: bool,
-) {
-    let c = k.scale.len();
-    for ((row, dy_row), out) in x.chunks_exact(c).zip(dy.chunks_exact(c)).zip(dx.chunks_exact_mut(c)) {
-        let mut i = 0;
-        while i < c {
-            let v = s.sub(s.load_partial(&row[i..]), s.load_partial(&k.mean[i..]));
-            let scale = s.load_partial(&k.scale[i..]);
-            let z = s.fma(v, scale, s.load_partial(&k.beta[i..]));
-            let g = s.mul(s.load_partial(&dy_row[i..]), A::slope(s, z));
-            let through_mean = s.fma(v, s.load_partial(&slope[i..]), s.load_partial(&offset[i..]));
-            let mut d = s.fma(scale, g, through_mean);
-            if accumulate {
-                d = s.add(d, s.load_partial(&out[i..]));
-            }
-            s.store_partial(&mut out[i..], d);
-            i += S::LANES;
-        }
-    }
-}
-
-#[inline(always)]
-fn input_impl<S: Simd>(
-    s: S,
-    act: Activation,
-    k: Backward<'_>,
-    slope: &[f32],
-    offset: &[f32],
-    x: &[f32],
-    dy: &[f32],
-    dx: &mut [f32],
-    accumulate: bool,
-) {
-    with_act!(act, A => input_act::<S, A>(s, k, slope, offset, x, dy, dx, accumulate))
-}
-
-simd_fn! {
-    fn moments(c: usize, x: &[f32], partial: &mut [f32]) = moments_impl;
-    fn affine(act: Activation, mean: &[f32], scale: &[f32], beta: &[f32], x: &[f32], y: &mut [f32]) = affine_impl;
-    fn sums(act: Activation, k: Backward<'_>, x: &[f32], dy: &[f32], partial: &mut [f32]) = sums_impl;
-    fn input_gradient(
-        act: Activation, k: Backward<'_>, slope: &[f32], offset: &[f32],
-        x: &[f32], dy: &[f32], dx: &mut [f32], accumulate: bool,
-    ) = input_impl;
 }
 
 /// y = act(γ·(x − mean)/√(var + eps) + β) with the batch's own mean and biased variance; writes `mean` and
@@ -405,110 +253,6 @@ fn backward(
     dx.par_chunks_mut(chunk)
         .zip(x.par_chunks(chunk).zip(dy.par_chunks(chunk)))
         .for_each(|(dx, (x, dy))| input_gradient(level, act, k, slope, offset, x, dy, dx, accumulate));
-}
-
-#[inline(always)]
-fn layer_forward_impl<S: Simd>(
-    s: S,
-    eps: f32,
-    gamma: &[f32],
-    beta: &[f32],
-    x: &[f32],
-    y: &mut [f32],
-    mean: &mut [f32],
-    rstd: &mut [f32],
-) {
-    let c = gamma.len();
-    for (r, (row, out)) in x.chunks_exact(c).zip(y.chunks_exact_mut(c)).enumerate() {
-        let mut sum = s.zero();
-        let mut i = 0;
-        while i < c {
-            sum = s.add(sum, s.load_partial(&row[i..]));
-            i += S::LANES;
-        }
-        let center = s.sum(sum) / c as f32;
-        let centers = s.splat(center);
-        let mut square = s.zero();
-        i = 0;
-        while i + S::LANES <= c {
-            let v = s.sub(s.load(&row[i..]), centers);
-            square = s.fma(v, v, square);
-            i += S::LANES;
-        }
-        let mut total = s.sum(square);
-        for value in &row[i..] {
-            total += (value - center) * (value - center);
-        }
-        let inverse = 1.0 / (total / c as f32 + eps).sqrt();
-        let inverses = s.splat(inverse);
-        i = 0;
-        while i < c {
-            let v = s.mul(s.sub(s.load_partial(&row[i..]), centers), inverses);
-            s.store_partial(&mut out[i..], s.fma(v, s.load_partial(&gamma[i..]), s.load_partial(&beta[i..])));
-            i += S::LANES;
-        }
-        mean[r] = center;
-        rstd[r] = inverse;
-    }
-}
-
-#[inline(always)]
-fn layer_backward_impl<S: Simd>(
-    s: S,
-    gamma: &[f32],
-    mean: &[f32],
-    rstd: &[f32],
-    x: &[f32],
-    dy: &[f32],
-    dx: &mut [f32],
-    accumulate: bool,
-    partial: &mut [f32],
-) {
-    let c = gamma.len();
-    partial.fill(0.0);
-    let (dgamma, dbeta) = partial.split_at_mut(c);
-    let rows = x.chunks_exact(c).zip(dy.chunks_exact(c)).zip(dx.chunks_exact_mut(c));
-    for (r, ((row, dy_row), out)) in rows.enumerate() {
-        let (rstds, center) = (s.splat(rstd[r]), s.splat(mean[r]));
-        let (mut sum_g, mut sum_gx) = (s.zero(), s.zero());
-        let mut i = 0;
-        while i < c {
-            let normal = s.mul(s.sub(s.load_partial(&row[i..]), center), rstds);
-            let up = s.load_partial(&dy_row[i..]);
-            let for_gamma = s.fma(up, normal, s.load_partial(&dgamma[i..]));
-            s.store_partial(&mut dgamma[i..], for_gamma);
-            let for_beta = s.add(up, s.load_partial(&dbeta[i..]));
-            s.store_partial(&mut dbeta[i..], for_beta);
-            // Lanes past the end hold γ = 0 and dy = 0, so they add nothing.
-            let g = s.mul(up, s.load_partial(&gamma[i..]));
-            sum_g = s.add(sum_g, g);
-            sum_gx = s.fma(g, normal, sum_gx);
-            i += S::LANES;
-        }
-        let mean_g = s.splat(s.sum(sum_g) / c as f32);
-        let mean_gx = s.splat(s.sum(sum_gx) / c as f32);
-        i = 0;
-        while i < c {
-            let normal = s.mul(s.sub(s.load_partial(&row[i..]), center), rstds);
-            let g = s.mul(s.load_partial(&dy_row[i..]), s.load_partial(&gamma[i..]));
-            let mut d = s.mul(rstds, s.sub(s.sub(g, mean_g), s.mul(normal, mean_gx)));
-            if accumulate {
-                d = s.add(d, s.load_partial(&out[i..]));
-            }
-            s.store_partial(&mut out[i..], d);
-            i += S::LANES;
-        }
-    }
-}
-
-simd_fn! {
-    fn layer_rows(
-        eps: f32, gamma: &[f32], beta: &[f32], x: &[f32], y: &mut [f32], mean: &mut [f32], rstd: &mut [f32],
-    ) = layer_forward_impl;
-    fn layer_rows_back(
-        gamma: &[f32], mean: &[f32], rstd: &[f32], x: &[f32], dy: &[f32], dx: &mut [f32], accumulate: bool,
-        partial: &mut [f32],
-    ) = layer_backward_impl;
 }
 
 /// y = γ·(x − mean)/√(var + eps) + β with mean and biased variance of each row; `mean` and `rstd` are [R].
