@@ -138,7 +138,9 @@ fn dims(op: &Op<'_>) -> Result<(), BridgeError> {
             "a convolution needs a step, and groups that divide both numbers of channels"
         }
         Op::SliceRows { rows, start, count, .. } if start + count > rows => "the slice passes the last row",
-        Op::Softmax { temperature, .. } | Op::LogSoftmax { temperature, .. } if !(temperature > 0.0) => {
+        Op::Softmax { temperature, .. } | Op::LogSoftmax { temperature, .. }
+            if temperature.is_nan() || temperature <= 0.0 =>
+        {
             "the temperature is not positive"
         }
         Op::Permute { shape, perm }
