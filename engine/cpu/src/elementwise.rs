@@ -142,7 +142,7 @@ pub fn copy_or_add(dy: &[f32], dx: &mut [f32], accumulate: bool) {
     }
 }
 
-/// y = x + b for each row of x [R, N], b [N]: a bias or a positional embedding.
+/// y = x + b for each row of x [R, N], b \[N\]: a bias or a positional embedding.
 pub fn add_broadcast(x: &[f32], b: &[f32], y: &mut [f32]) {
     check_rows(x, b.len());
     assert_eq!(x.len(), y.len(), "x and y have one length");
@@ -260,7 +260,7 @@ pub fn channel_scale_backward(
         });
 }
 
-/// y = x/max(‖x‖₂, [`NORM_EPS`]) for each row of [R, C]; `norm` [R] keeps ‖x‖₂.
+/// y = x/max(‖x‖₂, [`NORM_EPS`]) for each row of [R, C]; `norm` \[R\] keeps ‖x‖₂.
 pub fn l2_normalize_forward(rows: usize, c: usize, x: &[f32], y: &mut [f32], norm: &mut [f32]) {
     assert!(x.len() == rows * c && y.len() == x.len(), "x and y are [R, C]");
     assert_eq!(norm.len(), rows, "norm is [R]");

@@ -43,7 +43,7 @@ pub fn embedding_backward(width: usize, ids: &[i32], dy: &[f32], dtable: &mut [f
     });
 }
 
-/// y[b] = x[b, index[b]]; x [B, tokens, width], index [B], y [B, width].
+/// y[b] = x[b, index[b]]; x [B, tokens, width], index \[B\], y [B, width].
 ///
 /// # Panics
 /// If an index is negative or not below `tokens`.

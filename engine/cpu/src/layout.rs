@@ -197,7 +197,7 @@ fn check_slice(outer: usize, rows: usize, width: usize, start: usize, count: usi
     assert_eq!(y.len(), outer * count * width, "y is [O, count, width]");
 }
 
-/// y [B, N + 1, C] = the token [C] followed by x [B, N, C].
+/// y [B, N + 1, C] = the token \[C\] followed by x [B, N, C].
 pub fn prepend_token_forward(batch: usize, tokens: usize, width: usize, token: &[f32], x: &[f32], y: &mut [f32]) {
     assert_eq!(token.len(), width, "the token is [C]");
     assert_eq!(x.len(), batch * tokens * width, "x is [B, N, C]");

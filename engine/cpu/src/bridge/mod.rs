@@ -123,7 +123,7 @@ pub enum Op<'a> {
         /// Columns of b.
         cb: usize,
     },
-    /// token [C], x [B, T, C] → [B, T + 1, C].
+    /// token \[C\], x [B, T, C] → [B, T + 1, C].
     PrependToken {
         /// B.
         batch: usize,
@@ -154,7 +154,7 @@ pub enum Op<'a> {
     },
     /// a, b → a + b.
     Add,
-    /// x [R, N], b [N] → x + b in each row.
+    /// x [R, N], b \[N\] → x + b in each row.
     AddBroadcast,
     /// a, b → a ∘ b.
     Mul,
@@ -196,7 +196,7 @@ pub enum Op<'a> {
         /// Divides x.
         temperature: f32,
     },
-    /// x [R, in], w [out, in], optional bias [out] → x·wᵀ + bias.
+    /// x [R, in], w [out, in], optional bias \[out\] → x·wᵀ + bias.
     Linear(Linear),
     /// a, b → alpha·op(a)·op(b).
     MatMul {
@@ -205,7 +205,7 @@ pub enum Op<'a> {
         /// Factor.
         alpha: f32,
     },
-    /// x [B, H, W, CI], w [CO, CI/groups, KH, KW], optional bias [CO] → [B, OH, OW, CO].
+    /// x [B, H, W, CI], w [CO, CI/groups, KH, KW], optional bias \[CO\] → [B, OH, OW, CO].
     Conv2d(Conv2d),
     /// a [B, D], b [B', D], scale \[1\], constant p_row [B, B'], constant p_col [B', B] → loss \[1\].
     Contrastive(Contrastive),

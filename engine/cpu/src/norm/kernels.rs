@@ -9,7 +9,7 @@ use crate::vmath::Act;
 /// Rows read side by side: a channel's constants and accumulators are loaded once for so many rows.
 const QUAD: usize = 4;
 
-/// Per-channel constants of batch norm's backward pass, each [C].
+/// Per-channel constants of batch norm's backward pass, each \[C\].
 #[derive(Clone, Copy)]
 pub(super) struct Backward<'a> {
     pub(super) mean: &'a [f32],

@@ -1,7 +1,7 @@
 //! Batch norm with a fused activation, and layer norm.
 //!
 //! Letters: R rows (batch · height · width, or batch · tokens), C channels. x, y, dy, dx are [R, C];
-//! everything named after a channel is [C].
+//! everything named after a channel is \[C\].
 //!
 //! Rows are cut into fixed chunks, whatever the number of threads; each chunk leaves partial sums in `f32`
 //! and the partial sums are merged in order, in `f64`.
@@ -255,7 +255,7 @@ fn backward(
         .for_each(|(dx, (x, dy))| input_gradient(level, act, k, slope, offset, x, dy, dx, accumulate));
 }
 
-/// y = γ·(x − mean)/√(var + eps) + β with mean and biased variance of each row; `mean` and `rstd` are [R].
+/// y = γ·(x − mean)/√(var + eps) + β with mean and biased variance of each row; `mean` and `rstd` are \[R\].
 pub fn layer_norm_forward(
     d: &Norm,
     x: &[f32],
