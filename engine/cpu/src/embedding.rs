@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-/// y[i] = table[ids[i]]; table [V, width], y [N, width].
+/// `y[i] = table[ids[i]]`; table [V, width], y [N, width].
 ///
 /// # Panics
 /// If an id is negative or not below V: the tokenizer's vocabulary is checked against the table when
@@ -18,7 +18,7 @@ pub fn embedding_forward(table: &[f32], width: usize, ids: &[i32], y: &mut [f32]
     });
 }
 
-/// VJP of [`embedding_forward`]: dtable[ids[i]] += dy[i], in the order of `ids`.
+/// VJP of [`embedding_forward`]: `dtable[ids[i]] += dy[i]`, in the order of `ids`.
 pub fn embedding_backward(width: usize, ids: &[i32], dy: &[f32], dtable: &mut [f32]) {
     assert_eq!(dy.len(), ids.len() * width, "dy is [N, width]");
     if dtable.is_empty() || ids.is_empty() {
@@ -43,7 +43,7 @@ pub fn embedding_backward(width: usize, ids: &[i32], dy: &[f32], dtable: &mut [f
     });
 }
 
-/// y[b] = x[b, index[b]]; x [B, tokens, width], index \[B\], y [B, width].
+/// `y[b] = x[b, index[b]]`; x [B, tokens, width], index \[B\], y [B, width].
 ///
 /// # Panics
 /// If an index is negative or not below `tokens`.
