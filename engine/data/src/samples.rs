@@ -232,7 +232,7 @@ fn split_key(name: &str) -> Option<(&str, String)> {
 
 pub(crate) fn scan_shard(shard: u32, path: &Path) -> Result<ShardSamples> {
     let scan = scan_tar(path)?;
-    let (entries, bad) = group(shard, &scan.members);
+    let (entries, bad) = group(shard, &scan.members, scan.fault.is_none());
     Ok(ShardSamples { entries, bad, scan })
 }
 
@@ -243,7 +243,8 @@ struct Group {
     fault: Option<SampleFault>,
 }
 
-fn group(shard: u32, members: &[RawMember]) -> (Vec<Entry>, Vec<BadEntry>) {
+/// Samples of a shard's members. The last sample of a damaged shard is dropped: what it lacks is the damage's doing.
+fn group(shard: u32, members: &[RawMember], whole: bool) -> (Vec<Entry>, Vec<BadEntry>) {
     let mut groups: Vec<Group> = Vec::new();
     let mut seen: HashMap<String, usize> = HashMap::new();
     for raw in members {
@@ -276,6 +277,9 @@ fn group(shard: u32, members: &[RawMember]) -> (Vec<Entry>, Vec<BadEntry>) {
         }
         group.members.push(Member { kind: MemberKind::of(&extension), offset: raw.offset, size: raw.size });
         group.extensions.push(extension);
+    }
+    if !whole {
+        groups.pop();
     }
     let mut entries = Vec::with_capacity(groups.len());
     let mut bad = Vec::new();

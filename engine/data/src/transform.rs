@@ -3,8 +3,9 @@
 //! The crop is chosen once per sample and resized to each size that a model of the step wants, so that student and
 //! teachers see the same pixels.
 
-use fast_image_resize::images::{CroppedImage, Image, ImageRef};
-use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
+use fast_image_resize::images::{TypedCroppedImage, TypedImage, TypedImageRef};
+use fast_image_resize::pixels::U8x3;
+use fast_image_resize::{FilterType, ImageView, ResizeAlg, ResizeOptions, Resizer};
 
 use crate::decode::RgbImage;
 use crate::error::{DataError, Result};
@@ -185,9 +186,14 @@ impl Resize {
         let source = source(image)?;
         let inside = |v: usize| u32::try_from(v).unwrap_or(u32::MAX);
         // Cropping before the resize keeps pixels outside the view out of the filter, as torchvision does.
-        let cropped =
-            CroppedImage::new(&source, inside(view.left), inside(view.top), inside(view.width), inside(view.height))
-                .map_err(|e| DataError::Option(format!("crop outside the image: {e}")))?;
+        let cropped = TypedCroppedImage::from_ref(
+            &source,
+            inside(view.left),
+            inside(view.top),
+            inside(view.width),
+            inside(view.height),
+        )
+        .map_err(|e| DataError::Option(format!("crop outside the image: {e}")))?;
         self.run(&cropped, &options(), size, out)?;
         if view.flip {
             flip(out, size);
@@ -212,7 +218,7 @@ impl Resize {
 
     fn run(
         &mut self,
-        source: &impl fast_image_resize::IntoImageView,
+        source: &impl ImageView<Pixel = U8x3>,
         options: &ResizeOptions,
         size: usize,
         out: &mut [u8],
@@ -221,8 +227,9 @@ impl Resize {
         if out.len() != size * size * 3 {
             return Err(fail(&format!("{} bytes for {size}x{size} pixels", out.len())));
         }
-        let mut target = Image::from_slice_u8(size as u32, size as u32, out, PixelType::U8x3).map_err(|e| fail(&e))?;
-        self.resizer.resize(source, &mut target, options).map_err(|e| fail(&e))
+        let mut target = TypedImage::<U8x3>::from_buffer(size as u32, size as u32, out).map_err(|e| fail(&e))?;
+        // The typed call compiles the one pixel format that is used, not all.
+        self.resizer.resize_typed(source, &mut target, options).map_err(|e| fail(&e))
     }
 }
 
@@ -230,8 +237,8 @@ fn options() -> ResizeOptions {
     ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::CatmullRom)).use_alpha(false)
 }
 
-fn source(image: &RgbImage) -> Result<ImageRef<'_>> {
-    ImageRef::new(image.width as u32, image.height as u32, &image.pixels, PixelType::U8x3)
+fn source(image: &RgbImage) -> Result<TypedImageRef<'_, U8x3>> {
+    TypedImageRef::from_buffer(image.width as u32, image.height as u32, &image.pixels)
         .map_err(|e| DataError::Option(format!("image buffer: {e}")))
 }
 
