@@ -13,6 +13,8 @@
 //!
 //! Shape suffixes: `b` batch, `h` height, `w` width, `c` channels, `n` tokens, `l` context length, `d` embedding.
 
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::panic))]
+
 mod batch;
 mod checkpoint;
 pub mod distill;
@@ -29,6 +31,9 @@ mod source;
 mod step;
 mod tower;
 mod trainer;
+
+#[cfg(test)]
+mod tests;
 
 pub use batch::{Batch, BatchSource, Mix, SoftTargets};
 pub use checkpoint::{CHECKPOINT_FORMAT, Checkpoint, CheckpointState, Checkpoints, Counters};

@@ -461,24 +461,31 @@ impl Step {
         }
         self.prepare_text(batch)?;
         self.run_teachers(averages, batch)?;
-        for run in &self.teachers {
-            if !(all_finite(&run.image) && all_finite(&run.text)) {
-                return found("embedding", format!("teacher `{}`", self.setup.teachers[run.plan.teacher].name));
-            }
+        let bad_teacher = |average: bool| {
+            let bad = self.teachers.iter().find(|run| {
+                let teacher = &self.setup.teachers[run.plan.teacher];
+                matches!(teacher.model, TeacherModel::Average { .. }) == average
+                    && !(all_finite(&run.image) && all_finite(&run.text))
+            })?;
+            Some(format!("teacher `{}`", self.setup.teachers[bad.plan.teacher].name))
+        };
+        if let Some(teacher) = bad_teacher(false) {
+            return found("embedding", teacher);
         }
+        // An average goes bad with the student: it is to blame only where the student itself is finite.
+        let average = bad_teacher(true);
         if !all_finite(&self.features) {
             return found("embedding", "the frozen text encoder".into());
         }
         let mut first: Option<String> = None;
-        let mut watch = |node: &Node, value: &dyn Fn() -> Vec<f32>| {
-            if first.is_none() && !all_finite(&value()) {
-                let op = node.op().map_or("input", |op| op.name());
-                first = Some(format!("`{}` ({op})", node.label));
-            }
-        };
+        let mut watch = |node: &Node, value: &dyn Fn() -> Vec<f32>| note_first(&mut first, node, value);
         for part in 0..self.parts() {
             self.watch_part(store, batch, part, true, &mut watch)?;
         }
+        if let (None, Some(teacher)) = (&first, average) {
+            return found("embedding", teacher);
+        }
+        let mut watch = |node: &Node, value: &dyn Fn() -> Vec<f32>| note_first(&mut first, node, value);
         self.first_forward(store, batch)?;
         self.watch_losses(store, batch, &mut watch)?;
         // Each term by itself: the first whose loss or gradient is not finite.
@@ -496,6 +503,14 @@ impl Step {
             }
         }
         Ok(Origin { term: None, layer: first, what: "loss" })
+    }
+}
+
+/// Remembers the first node whose value is not finite.
+fn note_first(first: &mut Option<String>, node: &Node, value: &dyn Fn() -> Vec<f32>) {
+    if first.is_none() && !all_finite(&value()) {
+        let op = node.op().map_or("input", Op::name);
+        *first = Some(format!("`{}` ({op})", node.label));
     }
 }
 

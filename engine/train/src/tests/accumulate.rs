@@ -1,0 +1,82 @@
+//! Parts of a batch give the whole batch's gradient.
+
+use std::sync::Arc;
+
+use super::*;
+use crate::step::Step;
+
+fn gradients(setup: TrainSetup, batch: &Batch) -> (Vec<f64>, Vec<Vec<f32>>) {
+    let setup = Arc::new(setup);
+    let mut store = setup.initial.clone();
+    let mut step = Step::new(Arc::clone(&setup), &mut store).unwrap();
+    let averages = vec![Average::new("mean", &store, 0.9, None)];
+    let mut weights = vec![0.4];
+    weights.extend(setup.objective.terms.iter().map(|t| t.weight));
+    let values = step.run(&mut store, &averages, batch, 0, &weights).unwrap();
+    (values.terms, step.grads.all().to_vec())
+}
+
+/// ‖a − b‖ / ‖b‖ over all parameters.
+fn distance(a: &[Vec<f32>], b: &[Vec<f32>]) -> f64 {
+    let norm = |f: &dyn Fn(f32, f32) -> f32| -> f64 {
+        a.iter().flatten().zip(b.iter().flatten()).map(|(a, b)| f64::from(f(*a, *b)).powi(2)).sum::<f64>().sqrt()
+    };
+    norm(&|a, b| a - b) / norm(&|_, b| b)
+}
+
+fn vit_student(accumulate: usize) -> TrainSetup {
+    let mut s = everything(false, training(10, 8, accumulate));
+    s.model.image = Arc::new(vit("visual", 2, 8, 6));
+    let tokens = "taps = [{ student = 'transformer.resblocks.1', teacher = 'transformer.resblocks.1' }]";
+    let attention = "taps = [{ student = 'transformer.resblocks.1.attn', teacher = 'transformer.resblocks.1.attn' }]";
+    s.objective.terms.retain(|t| t.level.pairs().is_empty());
+    s.objective.terms.push(term("features", "features", tokens, &[0], 1.0));
+    s.objective.terms.push(term("attention", "attention", attention, &[0, 1], 1.0));
+    s
+}
+
+#[test]
+fn four_parts_give_the_gradient_of_one() {
+    let batch = Random::new(8, true).batch(0);
+    let (terms, whole) = gradients(vit_student(1), &batch);
+    for accumulate in [2, 4, 8] {
+        let (parts_terms, parts) = gradients(vit_student(accumulate), &batch);
+        for (a, b) in terms.iter().zip(&parts_terms) {
+            assert!((a - b).abs() < 1e-5 * b.abs().max(1.0), "{terms:?} {parts_terms:?}");
+        }
+        let apart = distance(&parts, &whole);
+        assert!(apart < 1e-5, "{accumulate} parts: {apart}");
+    }
+}
+
+#[test]
+fn both_trained_towers_too() {
+    let setup = |accumulate| {
+        let mut s = setup(conv(6, false), training(10, 8, accumulate));
+        s.model.text = ModelText::Trained { tower: Arc::new(BagOfTokens { dim: 6 }), tokenize: tokenize() };
+        s
+    };
+    let batch = Random::new(8, false).batch(0);
+    let (_, whole) = gradients(setup(1), &batch);
+    let apart = distance(&gradients(setup(4), &batch).1, &whole);
+    assert!(apart < 1e-5, "{apart}");
+}
+
+#[test]
+fn running_statistics_move_once_for_each_part() {
+    let moved = |accumulate: usize| {
+        let mut trainer = Trainer::new(setup(conv(6, true), training(1, 8, accumulate))).unwrap();
+        trainer.one(&Random::new(8, false).batch(0)).unwrap();
+        trainer.store().get("visual.bn.running_mean").unwrap().data.clone()
+    };
+    // With momentum 0.1, m parts of equal mean would move the statistic by 1 − 0.9^m of the way.
+    let (one, two) = (moved(1), moved(2));
+    let ratio = two[0] / one[0];
+    assert!((1.5..2.3).contains(&ratio), "{one:?} {two:?}");
+}
+
+#[test]
+fn a_batch_that_does_not_split_is_refused() {
+    let e = Trainer::new(setup(conv(6, false), training(1, 8, 3))).unwrap_err();
+    assert_eq!(e.to_string(), "a batch of 8 can't be split into 3 equal parts");
+}
