@@ -32,12 +32,8 @@ pub const RETRIEVAL: &str = "retrieval";
 
 /// The evaluations as components.
 pub fn components() -> Vec<Component> {
-    let component = |name, summary| Component {
-        kind: ComponentKind::Evaluation,
-        name,
-        summary,
-        params: params_schema::<NoParams>,
-    };
+    let component =
+        |name, summary| Component { kind: ComponentKind::Evaluation, name, summary, params: params_schema::<NoParams> };
     vec![
         component(ZERO_SHOT, "zero-shot classification by prompts: acc1, acc5, mean per-class recall"),
         component(RETRIEVAL, "image and text retrieval: recall@1, @5, @10 both ways"),

@@ -53,7 +53,8 @@ impl Confusion {
 
     /// Mean over the classes that have samples of the share recognised (balanced accuracy); none without samples.
     pub fn mean_per_class_recall(&self) -> Option<f64> {
-        let recalls = (0..self.classes).map(|c| self.class(c)).filter(|(n, _)| *n > 0).map(|(n, hit)| hit as f64 / n as f64);
+        let recalls =
+            (0..self.classes).map(|c| self.class(c)).filter(|(n, _)| *n > 0).map(|(n, hit)| hit as f64 / n as f64);
         let (sum, count) = recalls.fold((0.0, 0u32), |(s, n), r| (s + r, n + 1));
         (count > 0).then(|| sum / f64::from(count))
     }

@@ -44,7 +44,12 @@ impl Retrieval {
 const BLOCK: usize = 256;
 
 /// Shares of `queries` one of whose `wanted` candidates is among the first k.
-fn recall(queries: &[f32], candidates: &[f32], dim: usize, wanted: impl Fn(usize) -> std::ops::Range<usize>) -> [Option<f64>; 3] {
+fn recall(
+    queries: &[f32],
+    candidates: &[f32],
+    dim: usize,
+    wanted: impl Fn(usize) -> std::ops::Range<usize>,
+) -> [Option<f64>; 3] {
     let (n, m) = (queries.len() / dim, candidates.len() / dim);
     let mut hits = [0u64; 3];
     for (block, rows) in queries.chunks(BLOCK * dim).enumerate() {
@@ -53,7 +58,11 @@ fn recall(queries: &[f32], candidates: &[f32], dim: usize, wanted: impl Fn(usize
             let range = wanted(block * BLOCK + i);
             // The best of the wanted ones, the first of equals; how many stand before it decides every depth.
             let best = range.clone().fold(range.start, |b, c| if scores[c] > scores[b] { c } else { b });
-            let before = scores.iter().enumerate().filter(|&(c, s)| *s > scores[best] || (*s == scores[best] && c < best)).count();
+            let before = scores
+                .iter()
+                .enumerate()
+                .filter(|&(c, s)| *s > scores[best] || (*s == scores[best] && c < best))
+                .count();
             for (hit, depth) in hits.iter_mut().zip(DEPTHS) {
                 *hit += u64::from(before < depth);
             }
@@ -94,7 +103,11 @@ pub fn retrieval(
         }
         let mut own = encode_texts(&captions).map_err(EvalError::Encode)?;
         let width = embeddings.len() / n;
-        if width == 0 || embeddings.len() != n * width || own.len() != captions.len() * width || (dim != 0 && dim != width) {
+        if width == 0
+            || embeddings.len() != n * width
+            || own.len() != captions.len() * width
+            || (dim != 0 && dim != width)
+        {
             return Err(EvalError::Shape("image and text embeddings have different dimensions".into()));
         }
         dim = width;

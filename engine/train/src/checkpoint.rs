@@ -319,11 +319,16 @@ impl Checkpoint {
             return Err(refuse(format!("it is of another model: {reason}")));
         }
         if self.state.identity != identity {
-            return Err(refuse("it was written by a training with other settings or data; start anew with `--fresh`".into()));
+            return Err(refuse(
+                "it was written by a training with other settings or data; start anew with `--fresh`".into(),
+            ));
         }
         let (name, slot_names, state) = optimizer;
         if self.state.optimizer != name {
-            return Err(refuse(format!("it was written with the optimizer `{}`, this training has `{name}`", self.state.optimizer)));
+            return Err(refuse(format!(
+                "it was written with the optimizer `{}`, this training has `{name}`",
+                self.state.optimizer
+            )));
         }
         expected.clear();
         for (p, slots) in store.params().iter().zip(&state.slots) {
@@ -343,8 +348,10 @@ impl Checkpoint {
             let values = file.values(name).map_err(|e| refuse(e.to_string()))?;
             values.ok_or_else(|| refuse(format!("`{name}` is missing")))
         };
-        let model: Vec<Vec<f32>> = store.params().iter().map(|p| read(&self.model, &p.name)).collect::<Result<_, _>>()?;
-        let others: Vec<Vec<f32>> = expected.iter().map(|(file, name, _)| read(file, name)).collect::<Result<_, _>>()?;
+        let model: Vec<Vec<f32>> =
+            store.params().iter().map(|p| read(&self.model, &p.name)).collect::<Result<_, _>>()?;
+        let others: Vec<Vec<f32>> =
+            expected.iter().map(|(file, name, _)| read(file, name)).collect::<Result<_, _>>()?;
         for (p, data) in store.params_mut().iter_mut().zip(model) {
             p.data = data;
         }

@@ -19,13 +19,19 @@ pub fn clip_tokenizer(context_length: usize) -> Tokenize {
 }
 
 /// Token ids `[n, L]` and end-of-text positions `[n]` of captions.
-pub(crate) fn tokens(tokenize: &Tokenize, context_length: usize, captions: &[&str]) -> Result<(Vec<i32>, Vec<i32>), TrainError> {
+pub(crate) fn tokens(
+    tokenize: &Tokenize,
+    context_length: usize,
+    captions: &[&str],
+) -> Result<(Vec<i32>, Vec<i32>), TrainError> {
     let mut ids = Vec::with_capacity(captions.len() * context_length);
     for caption in captions {
         let row = tokenize(caption);
         if row.len() != context_length {
             let got = row.len();
-            return Err(TrainError::Setup(format!("the tokenizer gave {got} ids where the text tower takes {context_length}")));
+            return Err(TrainError::Setup(format!(
+                "the tokenizer gave {got} ids where the text tower takes {context_length}"
+            )));
         }
         ids.extend(row);
     }
@@ -57,7 +63,10 @@ impl fmt::Debug for Encoder {
 const EMBEDDING: &str = "embedding";
 
 impl Encoder {
-    fn graph(batch: usize, build: impl FnOnce(&mut GraphBuilder) -> Result<mcpipe_graph::Tensor, ModelError>) -> Result<(StepGraph, usize), ModelError> {
+    fn graph(
+        batch: usize,
+        build: impl FnOnce(&mut GraphBuilder) -> Result<mcpipe_graph::Tensor, ModelError>,
+    ) -> Result<(StepGraph, usize), ModelError> {
         if batch == 0 {
             return Err(ModelError::Dims("an encoder needs a batch of one at least".into()));
         }
@@ -83,7 +92,13 @@ impl Encoder {
         })
     }
 
-    fn new(built: (StepGraph, usize), input: Input, batch: usize, store: &ParamStore, kernels: Kernels) -> Result<Self, TrainError> {
+    fn new(
+        built: (StepGraph, usize),
+        input: Input,
+        batch: usize,
+        store: &ParamStore,
+        kernels: Kernels,
+    ) -> Result<Self, TrainError> {
         let (graph, dim) = built;
         let executor = Executor::new(Arc::new(graph), store, Mode::Forward, Cpu::new(kernels))?;
         Ok(Encoder { executor, input, batch, dim })
@@ -93,7 +108,12 @@ impl Encoder {
     ///
     /// # Errors
     /// A tower that can't be built, or weights that don't fit it.
-    pub fn images(tower: &dyn ImageTower, batch: usize, store: &ParamStore, kernels: Kernels) -> Result<Self, TrainError> {
+    pub fn images(
+        tower: &dyn ImageTower,
+        batch: usize,
+        store: &ParamStore,
+        kernels: Kernels,
+    ) -> Result<Self, TrainError> {
         let side = tower.image_size();
         let input = Input::Images { values: side * side * 3 };
         Self::new(Self::image_graph(tower, batch)?, input, batch, store, kernels)
@@ -103,7 +123,13 @@ impl Encoder {
     ///
     /// # Errors
     /// As [`images`](Self::images).
-    pub fn captions(tower: &dyn TextTower, tokenize: Tokenize, batch: usize, store: &ParamStore, kernels: Kernels) -> Result<Self, TrainError> {
+    pub fn captions(
+        tower: &dyn TextTower,
+        tokenize: Tokenize,
+        batch: usize,
+        store: &ParamStore,
+        kernels: Kernels,
+    ) -> Result<Self, TrainError> {
         let input = Input::Captions { tokenize, context_length: tower.context_length() };
         Self::new(Self::text_graph(tower, batch)?, input, batch, store, kernels)
     }
@@ -112,7 +138,13 @@ impl Encoder {
     ///
     /// # Errors
     /// As [`images`](Self::images).
-    pub fn embeddings(head: &dyn Head, dim: usize, batch: usize, store: &ParamStore, kernels: Kernels) -> Result<Self, TrainError> {
+    pub fn embeddings(
+        head: &dyn Head,
+        dim: usize,
+        batch: usize,
+        store: &ParamStore,
+        kernels: Kernels,
+    ) -> Result<Self, TrainError> {
         let built = Self::graph(batch, |g| {
             let x_bd = g.input("embeddings", &[batch, dim]);
             head.build(g, &x_bd)
@@ -151,7 +183,13 @@ impl Encoder {
         self.executor.plan().bytes()
     }
 
-    fn forward(&mut self, store: &ParamStore, feeds: &[(&str, Feed<'_>)], n: usize, out: &mut Vec<f32>) -> Result<(), TrainError> {
+    fn forward(
+        &mut self,
+        store: &ParamStore,
+        feeds: &[(&str, Feed<'_>)],
+        n: usize,
+        out: &mut Vec<f32>,
+    ) -> Result<(), TrainError> {
         self.executor.forward(store, feeds)?;
         let embedding = self.executor.graph().output(EMBEDDING)?.clone();
         out.extend_from_slice(&self.executor.value(&embedding)[..n * self.dim]);
@@ -279,7 +317,12 @@ impl CaptionEncoder {
     ///
     /// # Errors
     /// A tower that can't be built, or weights that don't fit it.
-    pub fn new(tower: &dyn TextTower, tokenize: Tokenize, store: Arc<ParamStore>, kernels: Kernels) -> Result<Self, TrainError> {
+    pub fn new(
+        tower: &dyn TextTower,
+        tokenize: Tokenize,
+        store: Arc<ParamStore>,
+        kernels: Kernels,
+    ) -> Result<Self, TrainError> {
         let encoder = Encoder::captions(tower, tokenize, CAPTION_BATCH, &store, kernels)?;
         let dim = encoder.dim();
         let generation = (CACHE_BYTES / 2 / (dim.max(1) * size_of::<f32>())).max(2 * CAPTION_BATCH);

@@ -183,7 +183,8 @@ fn teachers(setup: &TrainSetup, part: usize, targets: &[Target]) -> Result<Vec<T
                 }
                 for target in own {
                     let tap = encoded.taps.iter().find(|(n, _)| *n == target.teacher_tap.name);
-                    let (_, tap) = tap.ok_or_else(|| TrainError::Setup(format!("no tap `{}`", target.teacher_tap.name)))?;
+                    let (_, tap) =
+                        tap.ok_or_else(|| TrainError::Setup(format!("no tap `{}`", target.teacher_tap.name)))?;
                     let pairing = Pairing { student: &target.student_tap, teacher: &target.teacher_tap, batch: part };
                     let level = &setup.objective.terms[target.term].level;
                     let value = level.tap_target(&mut g, tap, pairing)?;

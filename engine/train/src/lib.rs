@@ -17,6 +17,7 @@
 
 mod batch;
 mod checkpoint;
+mod diagnose;
 pub mod distill;
 mod ema;
 mod encoder;
@@ -41,12 +42,20 @@ pub use ema::Average;
 pub use encoder::{CaptionEncoder, Encoder, Tokenize, clip_tokenizer};
 pub use error::{BoxError, Origin, TrainError};
 pub use observer::{EvalReport, EvalWeights, Evaluate, NoEval, NoObserver, Observer, SkippedStep, StepReport};
-pub use optim::{AdamW, OPTIMIZERS, Optimizer, OptimizerConfig, OptimizerEntry, OptimizerState, Sgd, Update, optimizer};
+pub use optim::{
+    AdamW, OPTIMIZERS, Optimizer, OptimizerConfig, OptimizerEntry, OptimizerState, Sgd, Update, optimizer,
+};
 pub use plan::{Part, StepPlan};
 pub use schedule::{Constant, Cosine, LrConfig, LrState, Plateau};
-pub use setup::{AverageSetup, FrozenImage, LOGIT_SCALE, MAX_LOGIT_SCALE, ModelText, Objective, Teacher, TeacherModel, Term, TrainSetup, TrainedModel};
+pub use setup::{
+    AverageSetup, FrozenImage, LOGIT_SCALE, MAX_LOGIT_SCALE, ModelText, Objective, Teacher, TeacherModel, Term,
+    TrainSetup, TrainedModel,
+};
 pub use source::{LoaderSource, ViewSpec};
-pub use tower::{BackboneTower, Encoded, EncoderTower, Head, ImageTower, ProjectionHead, StudentShape, TeacherShape, TextTower, TowerShape};
+pub use tower::{
+    BackboneTower, Encoded, EncoderTower, Head, ImageTower, ProjectionHead, StudentShape, TeacherShape, TextTower,
+    TowerShape,
+};
 pub use trainer::{Outcome, Stop, Trainer};
 
 /// Everything that this crate registers: distillation levels, optimisers and schedules.

@@ -59,7 +59,13 @@ impl StepPlan {
         let part = |name: &str, graph: &StepGraph, mode: Mode, runs: u64| {
             let (parameters, weight_bytes) = weights(graph);
             let activation_bytes = MemoryPlan::new(graph, mode).bytes();
-            Part { name: name.to_owned(), activation_bytes, parameters, weight_bytes, flops: runs * graph.forward_flops() }
+            Part {
+                name: name.to_owned(),
+                activation_bytes,
+                parameters,
+                weight_bytes,
+                flops: runs * graph.forward_flops(),
+            }
         };
         // Forward once, backward about twice the forward.
         let mut parts = vec![part("student", &graphs.tower, Mode::Train, 3 * accumulate)];
@@ -93,7 +99,11 @@ impl StepPlan {
         let student: usize = graphs.trained().into_iter().map(trained).sum();
         let all: usize = graphs.trained().into_iter().map(|g| weights(g).1).sum();
         let averages = usize::from(setup.average.is_some())
-            + setup.teachers.iter().filter(|t| setup.distils() && matches!(t.model, TeacherModel::Average { .. })).count();
+            + setup
+                .teachers
+                .iter()
+                .filter(|t| setup.distils() && matches!(t.model, TeacherModel::Average { .. }))
+                .count();
         let mut views: Vec<(usize, usize)> = vec![(setup.model.view, setup.model.image.image_size())];
         for run in &graphs.teachers {
             if let TeacherModel::Frozen { image: Some(i), .. } = &setup.teachers[run.teacher].model {

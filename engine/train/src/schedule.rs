@@ -91,7 +91,12 @@ const KIND: ComponentKind = ComponentKind::Schedule;
 /// The registered schedules.
 static SCHEDULES: &[Entry] = &[
     Entry {
-        component: Component { kind: KIND, name: "cosine", summary: "warm-up, then half a cosine", params: params_schema::<Cosine> },
+        component: Component {
+            kind: KIND,
+            name: "cosine",
+            summary: "warm-up, then half a cosine",
+            params: params_schema::<Cosine>,
+        },
         make: |p| Ok(LrConfig::Cosine(p.decode()?)),
     },
     Entry {
@@ -104,7 +109,12 @@ static SCHEDULES: &[Entry] = &[
         make: |p| Ok(LrConfig::Plateau(p.decode()?)),
     },
     Entry {
-        component: Component { kind: KIND, name: "constant", summary: "warm-up, then constant", params: params_schema::<Constant> },
+        component: Component {
+            kind: KIND,
+            name: "constant",
+            summary: "warm-up, then constant",
+            params: params_schema::<Constant>,
+        },
         make: |p| Ok(LrConfig::Constant(p.decode()?)),
     },
 ];
@@ -143,7 +153,11 @@ impl LrConfig {
     pub fn from_spec(spec: &LrSchedule) -> Result<Self, Problem> {
         let Some(entry) = SCHEDULES.iter().find(|e| e.component.name == spec.kind) else {
             let known = SCHEDULES.iter().map(|e| e.component.name.to_owned()).collect();
-            return Err(Problem { path: vec!["kind".into()], message: format!("there is no schedule `{}`", spec.kind), known });
+            return Err(Problem {
+                path: vec!["kind".into()],
+                message: format!("there is no schedule `{}`", spec.kind),
+                known,
+            });
         };
         (entry.make)(&spec.params).map_err(|e| Problem::new(&[], e.message))
     }

@@ -56,7 +56,9 @@ impl std::fmt::Debug for ModelText {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             ModelText::Trained { tower, .. } => f.debug_tuple("Trained").field(tower).finish(),
-            ModelText::Frozen { encoder, projection } => f.debug_tuple("Frozen").field(encoder).field(projection).finish(),
+            ModelText::Frozen { encoder, projection } => {
+                f.debug_tuple("Frozen").field(encoder).field(projection).finish()
+            }
         }
     }
 }

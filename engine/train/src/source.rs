@@ -52,7 +52,8 @@ impl BatchSource for LoaderSource {
         for view in &self.views {
             let size = view.size;
             let bytes = made.images_of(size);
-            let bytes = bytes.ok_or_else(|| DataError::Option(format!("the loader makes no images of {size}x{size}")))?;
+            let bytes =
+                bytes.ok_or_else(|| DataError::Option(format!("the loader makes no images of {size}x{size}")))?;
             let mut values = vec![0.0; bytes.len()];
             model_input(bytes, made.len(), size, made.mix.as_ref(), &view.normalize, &mut values)?;
             views.push(values);

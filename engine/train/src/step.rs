@@ -2,14 +2,15 @@
 
 use std::sync::Arc;
 
-use mcpipe_cpu::optim::all_finite;
-use mcpipe_graph::{Cpu, ExecError, Executor, Feed, Grads, Mode, Node, Op, ParamSpec, ParamStore, Source, StepGraph, Tensor};
+use mcpipe_graph::{
+    Cpu, ExecError, Executor, Feed, Grads, Mode, Node, Op, ParamSpec, ParamStore, Source, StepGraph, Tensor,
+};
 
 use crate::batch::{Batch, SoftTargets};
 use crate::distill::{Fed, Pairing, teacher_input};
 use crate::ema::Average;
 use crate::encoder::tokens;
-use crate::error::{Origin, TrainError};
+use crate::error::TrainError;
 use crate::graphs::{
     EOT, FEATURES, Graphs, IDS, IMAGE, IMAGE_TO_TEXT, IMAGES, TEXT, TEXT_TO_IMAGE, TeacherGraph, loss_name, term_names,
 };
@@ -17,12 +18,12 @@ use crate::setup::{LOGIT_SCALE, MAX_LOGIT_SCALE, ModelText, TeacherModel, TrainS
 
 /// One teacher's tower, running.
 #[derive(Debug)]
-struct TeacherRun {
-    plan: TeacherGraph,
+pub(crate) struct TeacherRun {
+    pub plan: TeacherGraph,
     executor: Option<Executor<Cpu>>,
     /// Embeddings of the whole batch, normalised.
-    image: Vec<f32>,
-    text: Vec<f32>,
+    pub image: Vec<f32>,
+    pub text: Vec<f32>,
     /// Image embeddings (text where there is no image tower) times the logit scale.
     scaled: Vec<f32>,
 }
@@ -30,18 +31,18 @@ struct TeacherRun {
 /// Runs the steps of one training.
 #[derive(Debug)]
 pub(crate) struct Step {
-    setup: Arc<TrainSetup>,
-    graphs: Graphs,
+    pub(crate) setup: Arc<TrainSetup>,
+    pub(crate) graphs: Graphs,
     names: Vec<String>,
     tower: Executor<Cpu>,
     first: Option<Executor<Cpu>>,
     loss: Executor<Cpu>,
-    teachers: Vec<TeacherRun>,
+    pub(crate) teachers: Vec<TeacherRun>,
     /// Targets of each part, in the order of `graphs.targets`.
     targets: Vec<Vec<Vec<f32>>>,
     image: Vec<f32>,
     text: Vec<f32>,
-    features: Vec<f32>,
+    pub(crate) features: Vec<f32>,
     ids: Vec<i32>,
     eot: Vec<i32>,
     pub(crate) grads: Grads,
@@ -193,12 +194,12 @@ impl Step {
         Ok(values)
     }
 
-    fn parts(&self) -> usize {
+    pub(crate) fn parts(&self) -> usize {
         self.setup.training.accumulate
     }
 
     /// Token ids or the frozen encoder's features of the batch's captions.
-    fn prepare_text(&mut self, batch: &Batch) -> Result<(), TrainError> {
+    pub(crate) fn prepare_text(&mut self, batch: &Batch) -> Result<(), TrainError> {
         match &self.setup.model.text {
             ModelText::Trained { tower, tokenize } => {
                 let captions: Vec<&str> = batch.captions.iter().map(String::as_str).collect();
@@ -209,7 +210,7 @@ impl Step {
         Ok(())
     }
 
-    fn run_teachers(&mut self, averages: &[Average], batch: &Batch) -> Result<(), TrainError> {
+    pub(crate) fn run_teachers(&mut self, averages: &[Average], batch: &Batch) -> Result<(), TrainError> {
         let setup = Arc::clone(&self.setup);
         let parts = self.parts();
         let inputs = TowerInputs { ids: &self.ids, eot: &self.eot, features: &self.features, parts };
@@ -273,7 +274,7 @@ impl Step {
         self.watch_part(store, batch, part, local, &mut |_, _| {})
     }
 
-    fn watch_part(
+    pub(crate) fn watch_part(
         &mut self,
         store: &ParamStore,
         batch: &Batch,
@@ -281,7 +282,12 @@ impl Step {
         local: bool,
         watch: &mut dyn FnMut(&Node, &dyn Fn() -> Vec<f32>),
     ) -> Result<(), TrainError> {
-        let inputs = TowerInputs { ids: &self.ids, eot: &self.eot, features: &self.features, parts: self.setup.training.accumulate };
+        let inputs = TowerInputs {
+            ids: &self.ids,
+            eot: &self.eot,
+            features: &self.features,
+            parts: self.setup.training.accumulate,
+        };
         let mut feeds = inputs.feeds(&batch.views[self.setup.model.view], part);
         for (target, values) in self.graphs.targets.iter().zip(&self.targets[part]) {
             feeds.push((&target.name, Feed::F32(values)));
@@ -294,7 +300,7 @@ impl Step {
     }
 
     /// Embeddings of the whole batch.
-    fn first_forward(&mut self, store: &ParamStore, batch: &Batch) -> Result<(), TrainError> {
+    pub(crate) fn first_forward(&mut self, store: &ParamStore, batch: &Batch) -> Result<(), TrainError> {
         self.image.clear();
         self.text.clear();
         for part in 0..self.parts() {
@@ -320,7 +326,7 @@ impl Step {
         Ok(())
     }
 
-    fn watch_losses(
+    pub(crate) fn watch_losses(
         &mut self,
         store: &ParamStore,
         batch: &Batch,
@@ -373,7 +379,13 @@ impl Step {
     }
 
     /// Outputs of a graph's losses with their weights as seeds; losses of weight 0 are left out.
-    fn seeds(&self, executor: &Executor<Cpu>, slots: &[usize], weights: &[f64], share: f64) -> Result<Vec<(Tensor, Vec<f32>)>, TrainError> {
+    fn seeds(
+        &self,
+        executor: &Executor<Cpu>,
+        slots: &[usize],
+        weights: &[f64],
+        share: f64,
+    ) -> Result<Vec<(Tensor, Vec<f32>)>, TrainError> {
         let used = slots.iter().filter(|&&slot| weights[slot] != 0.0);
         let seed = |&slot: &usize| {
             let output = executor.graph().output(&loss_name(&self.setup, slot))?.clone();
@@ -382,7 +394,13 @@ impl Step {
         used.map(seed).collect()
     }
 
-    fn backward_part(&mut self, store: &ParamStore, part: usize, weights: &[f64], grads: [Option<&[f32]>; 2]) -> Result<(), TrainError> {
+    fn backward_part(
+        &mut self,
+        store: &ParamStore,
+        part: usize,
+        weights: &[f64],
+        grads: [Option<&[f32]>; 2],
+    ) -> Result<(), TrainError> {
         let parts = self.parts();
         let local = self.seeds(&self.tower, &self.graphs.local, weights, 1.0 / parts as f64)?;
         let mut embeddings: Vec<(Tensor, &[f32])> = Vec::new();
@@ -423,94 +441,6 @@ impl Step {
             }
         }
         running
-    }
-
-    /// The name of the first loss term or parameter that is not finite after a pass; nothing is run again.
-    pub(crate) fn blame(&self, values: &Values, weights: &[f64], store: &ParamStore) -> Origin {
-        let bad = values.terms.iter().zip(weights).position(|(v, w)| *w != 0.0 && !v.is_finite());
-        if let Some(slot) = bad {
-            return Origin { term: Some(self.names[slot].clone()), layer: None, what: "loss" };
-        }
-        Origin { term: None, layer: self.bad_gradient(store), what: "gradient" }
-    }
-
-    /// The parameter nearest to the losses whose gradient is not finite.
-    fn bad_gradient(&self, store: &ParamStore) -> Option<String> {
-        let bad = |name: &str| store.index(name).is_some_and(|i| !all_finite(&self.grads.all()[i]));
-        let params = self.graphs.trained().into_iter().rev().flat_map(|g| g.params().iter().rev());
-        params.map(|p| p.name.clone()).find(|name| bad(name))
-    }
-
-    /// Runs the batch again, watching every value, to name what left the finite range first.
-    pub(crate) fn diagnose(
-        &mut self,
-        store: &mut ParamStore,
-        averages: &[Average],
-        batch: &Batch,
-        step: u64,
-        weights: &[f64],
-    ) -> Result<Origin, TrainError> {
-        let found = |what, layer: String| Ok(Origin { term: None, layer: Some(layer), what });
-        for (v, view) in batch.views.iter().enumerate() {
-            if !all_finite(view) {
-                return found("image", format!("view {v} of the batch"));
-            }
-        }
-        if let Some(p) = store.params().iter().find(|p| !all_finite(&p.data)) {
-            return found("weight", format!("`{}`", p.name));
-        }
-        self.prepare_text(batch)?;
-        self.run_teachers(averages, batch)?;
-        let bad_teacher = |average: bool| {
-            let bad = self.teachers.iter().find(|run| {
-                let teacher = &self.setup.teachers[run.plan.teacher];
-                matches!(teacher.model, TeacherModel::Average { .. }) == average
-                    && !(all_finite(&run.image) && all_finite(&run.text))
-            })?;
-            Some(format!("teacher `{}`", self.setup.teachers[bad.plan.teacher].name))
-        };
-        if let Some(teacher) = bad_teacher(false) {
-            return found("embedding", teacher);
-        }
-        // An average goes bad with the student: it is to blame only where the student itself is finite.
-        let average = bad_teacher(true);
-        if !all_finite(&self.features) {
-            return found("embedding", "the frozen text encoder".into());
-        }
-        let mut first: Option<String> = None;
-        let mut watch = |node: &Node, value: &dyn Fn() -> Vec<f32>| note_first(&mut first, node, value);
-        for part in 0..self.parts() {
-            self.watch_part(store, batch, part, true, &mut watch)?;
-        }
-        if let (None, Some(teacher)) = (&first, average) {
-            return found("embedding", teacher);
-        }
-        let mut watch = |node: &Node, value: &dyn Fn() -> Vec<f32>| note_first(&mut first, node, value);
-        self.first_forward(store, batch)?;
-        self.watch_losses(store, batch, &mut watch)?;
-        // Each term by itself: the first whose loss or gradient is not finite.
-        let alone = |slot: usize| -> Vec<f64> {
-            weights.iter().enumerate().map(|(i, w)| if i == slot { *w } else { 0.0 }).collect()
-        };
-        for slot in (0..weights.len()).filter(|&s| weights[s] != 0.0) {
-            let own = alone(slot);
-            let values = self.run(store, averages, batch, step, &own)?;
-            let blame = self.blame(&values, &own, store);
-            if !values.finite || blame.layer.is_some() {
-                let term = Some(self.names[slot].clone());
-                let layer = first.or(blame.layer.map(|l| format!("`{l}`")));
-                return Ok(Origin { term, layer, what: if values.finite { "gradient" } else { "loss" } });
-            }
-        }
-        Ok(Origin { term: None, layer: first, what: "loss" })
-    }
-}
-
-/// Remembers the first node whose value is not finite.
-fn note_first(first: &mut Option<String>, node: &Node, value: &dyn Fn() -> Vec<f32>) {
-    if first.is_none() && !all_finite(&value()) {
-        let op = node.op().map_or("input", Op::name);
-        *first = Some(format!("`{}` ({op})", node.label));
     }
 }
 

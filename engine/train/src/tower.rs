@@ -80,7 +80,7 @@ impl Head for ProjectionHead {
     }
 
     fn build(&self, g: &mut GraphBuilder, x_bd: &Tensor) -> Result<Tensor, ModelError> {
-        self.projection.build(g, &self.path, x_bd)
+        g.on_dfdx(|g| self.projection.build(g, &self.path, x_bd))
     }
 }
 

@@ -285,7 +285,10 @@ impl Trainer {
             for (metric, value) in &report.metrics {
                 let name = format!("{}.{metric}", report.name);
                 if self.setup.schedule.saw_metric(&name, *value, &mut self.schedule) {
-                    observer.message(&format!("learning rate lowered to {} of its start: {name} stands still", self.schedule.factor));
+                    observer.message(&format!(
+                        "learning rate lowered to {} of its start: {name} stands still",
+                        self.schedule.factor
+                    ));
                 }
             }
         }

@@ -55,15 +55,19 @@ fn tokens(tap: &TapInfo) -> Option<(usize, usize)> {
 /// grid's rows are, the teacher's resized and normalised again, and a class token that the student has besides gets no
 /// mass.
 fn same_tokens(pair: Pairing<'_>) -> bool {
-    grid(pair.student) == grid(pair.teacher)
-        && tokens(pair.student).map(|t| t.0) == tokens(pair.teacher).map(|t| t.0)
+    grid(pair.student) == grid(pair.teacher) && tokens(pair.student).map(|t| t.0) == tokens(pair.teacher).map(|t| t.0)
 }
 
 /// `[B·r, heads, N, N]` → `[B, N, N]`, mean over heads and over the r sequences of an image.
 fn mean_heads(g: &mut GraphBuilder, tap: &Tap, batch: usize) -> Result<Tensor, ModelError> {
     let (sequences, heads, n) = match *tap.value.shape() {
         [s, h, n, m] if n == m && batch > 0 && s % batch == 0 => (s, h, n),
-        _ => return Err(ModelError::Dims(format!("attention probabilities can't have the shape {:?}", tap.value.shape()))),
+        _ => {
+            return Err(ModelError::Dims(format!(
+                "attention probabilities can't have the shape {:?}",
+                tap.value.shape()
+            )));
+        }
     };
     let flat = g.reshape(&tap.value, &[batch, sequences / batch * heads, n * n])?;
     let mean = g.global_avg_pool(&flat)?;
@@ -146,7 +150,14 @@ impl Level for Attention {
         }
     }
 
-    fn tap_loss(&self, g: &mut GraphBuilder, _: &Path, tap: &Tap, target: &Tensor, pair: Pairing<'_>) -> Result<Tensor, ModelError> {
+    fn tap_loss(
+        &self,
+        g: &mut GraphBuilder,
+        _: &Path,
+        tap: &Tap,
+        target: &Tensor,
+        pair: Pairing<'_>,
+    ) -> Result<Tensor, ModelError> {
         let Some((prefix, n)) = tokens(pair.student) else {
             let map = transfer_map(g, tap)?;
             return Ok(g.mse(&map, target)?);

@@ -75,7 +75,14 @@ impl Level for Features {
         Ok(g.resize_bilinear(&x_bhwc, h, w)?)
     }
 
-    fn tap_loss(&self, g: &mut GraphBuilder, path: &Path, tap: &Tap, target: &Tensor, _: Pairing<'_>) -> Result<Tensor, ModelError> {
+    fn tap_loss(
+        &self,
+        g: &mut GraphBuilder,
+        path: &Path,
+        tap: &Tap,
+        target: &Tensor,
+        _: Pairing<'_>,
+    ) -> Result<Tensor, ModelError> {
         let x_bhwc = tap.image(g)?;
         let channels = target.shape().last().copied().unwrap_or(0);
         let y_bhwc = regressor(g, path, &x_bhwc, channels)?;

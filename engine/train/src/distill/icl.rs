@@ -48,7 +48,8 @@ impl Level for Interactive {
             // Only rows: the student's side against all of the teacher's.
             let rows = |g: &mut GraphBuilder, ours: &Tensor, theirs: &Tensor, targets: [&Tensor; 2]| {
                 let dim = theirs.shape()[1];
-                let d = Contrastive { rows: c.batch, cols: c.batch, dim, w_row: 0.5, w_col: 0.0, subtract_entropy: false };
+                let d =
+                    Contrastive { rows: c.batch, cols: c.batch, dim, w_row: 0.5, w_col: 0.0, subtract_entropy: false };
                 g.contrastive(d, ours, theirs, &c.scale, targets)
             };
             let ours_bd = to_teacher(g, &path.at("image"), &c.image_bd, text_bd.shape()[1])?;

@@ -50,13 +50,19 @@ impl Level for Logits {
             problems.push(Problem::new(&["temperature"], "the temperature is a positive number"));
         }
         for t in teachers.iter().filter(|t| !self.accepts(student, t)) {
-            problems.push(Problem::new(&["teachers"], format!("teacher `{}` has neither an image nor a text tower", t.name)));
+            problems.push(Problem::new(
+                &["teachers"],
+                format!("teacher `{}` has neither an image nor a text tower", t.name),
+            ));
         }
         for t in teachers {
             if let (Some(image), Some(text)) = (&t.image, t.text)
                 && image.dim != text
             {
-                let reason = format!("teacher `{}`'s image embedding has dimension {}, its text embedding {text}", t.name, image.dim);
+                let reason = format!(
+                    "teacher `{}`'s image embedding has dimension {}, its text embedding {text}",
+                    t.name, image.dim
+                );
                 problems.push(Problem::new(&["teachers"], reason));
             }
         }

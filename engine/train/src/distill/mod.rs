@@ -200,7 +200,14 @@ pub trait Level: Debug + Send + Sync {
     ///
     /// # Errors
     /// Sizes that don't fit together, or a level without pairs.
-    fn tap_loss(&self, _: &mut GraphBuilder, _: &Path, _: &Tap, _: &Tensor, _: Pairing<'_>) -> Result<Tensor, ModelError> {
+    fn tap_loss(
+        &self,
+        _: &mut GraphBuilder,
+        _: &Path,
+        _: &Tap,
+        _: &Tensor,
+        _: Pairing<'_>,
+    ) -> Result<Tensor, ModelError> {
         Err(ModelError::Dims(format!("the level `{}` compares no taps", self.name())))
     }
 }
@@ -223,7 +230,8 @@ pub static LEVELS: &[LevelEntry] = &[logits::ENTRY, projection::ENTRY, attention
 
 /// The levels as components.
 pub fn components() -> Vec<Component> {
-    let component = |e: &LevelEntry| Component { kind: ComponentKind::Level, name: e.name, summary: e.summary, params: e.params };
+    let component =
+        |e: &LevelEntry| Component { kind: ComponentKind::Level, name: e.name, summary: e.summary, params: e.params };
     LEVELS.iter().map(component).collect()
 }
 
@@ -290,7 +298,8 @@ fn term(entry: &Distill, student: &StudentShape, teachers: &[TeacherShape]) -> R
         let all: Vec<&TeacherShape> = teachers.iter().collect();
         problems = level.check(student, &all);
         if problems.is_empty() {
-            problems.push(Problem::new(&["level"], format!("no teacher has what the level `{}` compares", entry.level)));
+            problems
+                .push(Problem::new(&["level"], format!("no teacher has what the level `{}` compares", entry.level)));
         }
     } else {
         problems.extend(level.check(student, &shapes));

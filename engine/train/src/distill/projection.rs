@@ -73,7 +73,8 @@ impl Level for Projection {
             let Some(theirs_bd) = teacher.image_bd(g) else { continue };
             let ours_bd = to_teacher(g, &path.at("image"), &c.image_bd, theirs_bd.shape()[1])?;
             let mut loss = g.mse(&ours_bd, &theirs_bd)?;
-            if self.text && c.text_trained
+            if self.text
+                && c.text_trained
                 && let Some(theirs_bd) = teacher.text_bd(g)
             {
                 let ours_bd = to_teacher(g, &path.at("text"), &c.text_bd, theirs_bd.shape()[1])?;

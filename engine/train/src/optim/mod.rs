@@ -75,7 +75,11 @@ pub fn components() -> Vec<Component> {
 pub fn optimizer(spec: &mcpipe_spec::Optimizer) -> Result<OptimizerConfig, Problem> {
     let Some(entry) = OPTIMIZERS.iter().find(|e| e.name == spec.kind) else {
         let known = OPTIMIZERS.iter().map(|e| e.name.to_owned()).collect();
-        return Err(Problem { path: vec!["kind".into()], message: format!("there is no optimizer `{}`", spec.kind), known });
+        return Err(Problem {
+            path: vec!["kind".into()],
+            message: format!("there is no optimizer `{}`", spec.kind),
+            known,
+        });
     };
     (entry.make)(&spec.params).map_err(|e| Problem::new(&[], e.message))
 }

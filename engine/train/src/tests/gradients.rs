@@ -84,13 +84,17 @@ fn shared_projection_and_text_side_of_the_projection_level() {
             Ok(Encoded { embedding_bd: self.1.build(g, &out.embedding_bd)?, ..out })
         }
     }
-    let projection = mcpipe_models::projection::Projection { kind: mcpipe_models::projection::ProjectionKind::Linear, dim: 5 };
+    let projection =
+        mcpipe_models::projection::Projection { kind: mcpipe_models::projection::ProjectionKind::Linear, dim: 5 };
     let head = ProjectionHead { projection, path: Path::new("visual_projection") };
     let own = ConvTower { path: "visual", channels: 4, batch_norm: false, dim: 6 };
     let mut s = setup(Arc::new(Tower(own, head.clone())), training(10, 4, 2));
     s.texts = vec![caption_encoder(6, 11), caption_encoder(10, 12)];
     s.model.text = ModelText::Frozen { encoder: 0, projection: Some(Arc::new(head)) };
     s.teachers = vec![frozen("clip", Arc::new(vit("visual", 2, 8, 10)), Some(1), 21)];
-    s.objective = Objective { lambda: 0.5, terms: vec![term("projection", "projection", "", &[0], 8.0), term("icl", "icl", "", &[0], 1.0)] };
+    s.objective = Objective {
+        lambda: 0.5,
+        terms: vec![term("projection", "projection", "", &[0], 8.0), term("icl", "icl", "", &[0], 1.0)],
+    };
     check(s, false);
 }

@@ -94,12 +94,14 @@ fn clip_logits_projection_and_icl_follow_their_formulas() {
     let e = embed(&s, &batch);
     let got = losses(s, &batch);
     let targets = SoftTargets::new(&batch.captions, batch.mix.as_ref());
-    let rows = |p: &[f32]| -> Vec<Vec<f64>> { p.chunks(5).map(|r| r.iter().map(|v| f64::from(*v)).collect()).collect() };
+    let rows =
+        |p: &[f32]| -> Vec<Vec<f64>> { p.chunks(5).map(|r| r.iter().map(|v| f64::from(*v)).collect()).collect() };
     let (to_text, to_image) = (rows(&targets.image_to_text), rows(&targets.text_to_image));
     let student = similarities(&e.image, &e.text, 5.0);
     close(got[0], 0.5 * (mean(&student, &to_text, false) + mean(&transpose(&student), &to_image, false)));
     let teacher = similarities(&e.teacher_image, &e.teacher_text, 20.0);
-    let soft = |m: &[Vec<f64>], t: f64| -> Vec<Vec<f64>> { m.iter().map(|r| r.iter().map(|v| v / t).collect()).collect() };
+    let soft =
+        |m: &[Vec<f64>], t: f64| -> Vec<Vec<f64>> { m.iter().map(|r| r.iter().map(|v| v / t).collect()).collect() };
     for (got, t) in [(got[1], 1.0), (got[2], 4.0)] {
         let (s, p) = (soft(&student, t), soft(&teacher, t));
         let target = |m: &[Vec<f64>]| m.iter().map(|r| softmax(r)).collect::<Vec<_>>();
@@ -117,7 +119,10 @@ fn clip_logits_projection_and_icl_follow_their_formulas() {
 #[test]
 fn an_ensemble_is_the_mean_of_its_teachers_distributions() {
     let mut s = with_teacher(vec![term("logits", "logits", "", &[0, 1], 1.0)]);
-    s.teachers.push(Teacher { name: "words".into(), model: TeacherModel::Frozen { image: None, text: Some(1), logit_scale: 3.0 } });
+    s.teachers.push(Teacher {
+        name: "words".into(),
+        model: TeacherModel::Frozen { image: None, text: Some(1), logit_scale: 3.0 },
+    });
     let batch = Random::new(5, false).batch(2);
     let e = embed(&s, &batch);
     let got = losses(s, &batch)[1];
@@ -125,7 +130,8 @@ fn an_ensemble_is_the_mean_of_its_teachers_distributions() {
     let first = similarities(&e.teacher_image, &e.teacher_text, 20.0);
     let words = similarities(&e.teacher_text, &e.teacher_text, 3.0);
     let both = |a: &[Vec<f64>], b: &[Vec<f64>]| -> Vec<Vec<f64>> {
-        let mix = |(a, b): (&Vec<f64>, &Vec<f64>)| softmax(a).iter().zip(softmax(b)).map(|(a, b)| 0.5 * (a + b)).collect();
+        let mix =
+            |(a, b): (&Vec<f64>, &Vec<f64>)| softmax(a).iter().zip(softmax(b)).map(|(a, b)| 0.5 * (a + b)).collect();
         a.iter().zip(b).map(mix).collect()
     };
     let rows = mean(&student, &both(&first, &words), true);
@@ -185,7 +191,8 @@ fn problems_name_their_place() {
     assert_eq!(p.iter().map(at).collect::<Vec<_>>(), ["taps.0.student", "taps.0.teacher"]);
     assert_eq!(p[0].known, ["conv", "attn"]);
     assert!(p[1].message.contains("teacher `clip` has no tap `transformer.resblocks.9`"), "{p:?}");
-    let p = problems("attention", "taps = [{ student = 'attn', teacher = 'transformer.resblocks.0' }]", Some(&["clip"]));
+    let p =
+        problems("attention", "taps = [{ student = 'attn', teacher = 'transformer.resblocks.0' }]", Some(&["clip"]));
     assert!(at(&p[0]) == "taps.0" && p[0].message.contains("like with like"), "{p:?}");
     let p = problems("icl", "", Some(&["images", "nobody"]));
     assert_eq!(p.iter().map(at).collect::<Vec<_>>(), ["teachers.1", "teachers"]);
@@ -199,7 +206,13 @@ fn problems_name_their_place() {
 #[test]
 fn entries_of_one_level_get_names_of_their_own() {
     let s = everything(false, training(10, 4, 1));
-    let entry = mcpipe_spec::Distill { level: "logits".into(), teachers: None, weight: 1.0, schedule: None, params: Default::default() };
+    let entry = mcpipe_spec::Distill {
+        level: "logits".into(),
+        teachers: None,
+        weight: 1.0,
+        schedule: None,
+        params: Default::default(),
+    };
     let found = terms(&[entry.clone(), entry], &s.student_shape().unwrap(), &s.teacher_shapes().unwrap()).unwrap();
     assert_eq!(found.iter().map(|t| t.name.as_str()).collect::<Vec<_>>(), ["logits", "logits.2"]);
     assert_eq!(found[0].teachers, [0, 1, 2, 3]);

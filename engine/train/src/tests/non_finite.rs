@@ -105,3 +105,18 @@ fn the_first_culprit_is_named() {
     });
     assert_eq!(teacher, "embedding, first at teacher `images`");
 }
+
+#[test]
+fn a_gradient_that_overflows_names_its_term() {
+    let mut t = training(20, 4, 1);
+    t.non_finite.max_in_a_row = 2;
+    let mut s = everything(false, t);
+    // The weighted loss is finite in f64; its gradient is not in f32.
+    s.objective.terms[4].weight = 1e39;
+    let mut trainer = Trainer::new(s).unwrap();
+    let source = Random::new(4, false);
+    let skipped = trainer.one(&source.batch(0)).unwrap().skipped.unwrap();
+    assert!(skipped.origin.starts_with("gradient, first at"), "{}", skipped.origin);
+    let e = trainer.one(&source.batch(1)).unwrap_err().to_string();
+    assert!(e.contains("gradient of term `features`") && e.contains("there is no checkpoint yet"), "{e}");
+}

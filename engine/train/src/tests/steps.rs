@@ -2,10 +2,6 @@
 
 use super::*;
 
-fn rounded(log: &Log) -> Vec<String> {
-    log.steps.iter().map(|r| format!("{} {:.4} {:.3}", r.step, r.loss, r.grad_norm)).collect()
-}
-
 fn run(s: TrainSetup) -> (Trainer, Log) {
     let mut log = Log::default();
     let batch_size = s.training.batch_size;
@@ -20,11 +16,25 @@ fn golden_losses() {
     s.training.clip_norm = Some(1.0);
     s.schedule = LrConfig::Cosine(Cosine { warmup_steps: 2, final_factor: 0.0 });
     let (_, log) = run(s);
-    insta::assert_json_snapshot!(rounded(&log));
+    // (loss, gradient norm); the tolerance leaves room for other vector widths and thread counts.
+    let golden = [(5.3806, 8.035), (4.3503, 6.421), (4.0799, 3.563), (4.0113, 3.142), (3.9439, 3.371), (4.3269, 6.701)];
+    for (r, (loss, norm)) in log.steps.iter().zip(golden) {
+        let close = |a: f64, b: f64| (a - b).abs() < 1e-3 * b;
+        assert!(close(r.loss, loss) && close(r.grad_norm, norm), "step {}: {} {}", r.step, r.loss, r.grad_norm);
+    }
     let names: Vec<&str> = log.steps[0].terms.iter().map(|(n, _)| n.as_str()).collect();
     assert_eq!(names[..3], ["clip", "logits", "logits.2"]);
     assert_eq!(log.steps[0].weights[..2], [0.4, 0.6]);
     assert_eq!(log.steps[0].lr, 0.005);
+}
+
+#[test]
+fn the_dfdx_formulations_give_the_same_losses() {
+    let run_with = |kernels| run(TrainSetup { kernels, ..everything(true, training(2, 4, 1)) }).1;
+    let (own, reference) = (run_with(Kernels::Native), run_with(Kernels::Reference));
+    for (a, b) in own.steps.iter().zip(&reference.steps) {
+        assert!((a.loss - b.loss).abs() < 1e-4 && (a.grad_norm - b.grad_norm).abs() < 1e-3, "{a:?} {b:?}");
+    }
 }
 
 #[test]
@@ -155,9 +165,13 @@ fn the_plan_counts_what_a_step_needs() {
     s.average = Some(AverageSetup { momentum: 0.9, evaluate: false });
     let one = StepPlan::new(&s).unwrap();
     let names: Vec<&str> = one.parts.iter().map(|p| p.name.as_str()).collect();
-    assert_eq!(names, ["student", "losses", "teacher clip", "teacher images", "teacher mean", "text encoder 0", "text encoder 1"]);
+    assert_eq!(
+        names,
+        ["student", "losses", "teacher clip", "teacher images", "teacher mean", "text encoder 0", "text encoder 1"]
+    );
     let trainer = Trainer::new(s.clone()).unwrap();
-    let trained: usize = trainer.store().params().iter().zip(trainer.trained()).filter(|(_, t)| **t).map(|(p, _)| p.data.len()).sum();
+    let trained: usize =
+        trainer.store().params().iter().zip(trainer.trained()).filter(|(_, t)| **t).map(|(p, _)| p.data.len()).sum();
     assert_eq!((one.gradient_bytes, one.optimizer_bytes), (4 * trained, 8 * trained));
     let all: usize = trainer.store().params().iter().map(|p| p.data.len()).sum();
     assert_eq!(one.average_bytes, 2 * 4 * all);
