@@ -1,8 +1,10 @@
 //! Towers run forward in batches of a fixed size: for evaluation, and the frozen text encoder with its cache.
 
+use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::rc::Rc;
+use std::sync::Arc;
 
 use mcpipe_graph::{Cpu, Executor, Feed, GraphBuilder, Kernels, Mode, ParamStore, StepGraph};
 use mcpipe_models::{ModelError, eot_positions};
@@ -299,10 +301,10 @@ struct Inner {
 }
 
 /// A frozen text encoder: each caption's embedding is computed once and kept by the caption's text. Clones share the
-/// encoder and its cache.
+/// encoder and its cache, within one thread: dfdx's tapes, which an executor can hold, don't cross threads.
 #[derive(Clone)]
 pub struct CaptionEncoder {
-    inner: Arc<Mutex<Inner>>,
+    inner: Rc<RefCell<Inner>>,
     dim: usize,
 }
 
@@ -327,7 +329,7 @@ impl CaptionEncoder {
         let dim = encoder.dim();
         let generation = (CACHE_BYTES / 2 / (dim.max(1) * size_of::<f32>())).max(2 * CAPTION_BATCH);
         let cache = Cache { generation, ..Cache::default() };
-        Ok(CaptionEncoder { inner: Arc::new(Mutex::new(Inner { encoder, store, cache, computed: 0 })), dim })
+        Ok(CaptionEncoder { inner: Rc::new(RefCell::new(Inner { encoder, store, cache, computed: 0 })), dim })
     }
 
     /// Dimension of the embeddings.
@@ -337,17 +339,17 @@ impl CaptionEncoder {
 
     /// Captions that were run through the tower so far; the rest came from the cache.
     pub fn computed(&self) -> u64 {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner).computed
+        self.inner.borrow().computed
     }
 
     /// Bytes of the tower's activations.
     pub fn bytes(&self) -> usize {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner).encoder.bytes()
+        self.inner.borrow().encoder.bytes()
     }
 
     /// Number of the tower's trained values.
     pub fn parameters(&self) -> usize {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner).store.trained_len()
+        self.inner.borrow().store.trained_len()
     }
 
     /// Embeddings `[n, D]`, not normalised.
@@ -355,7 +357,7 @@ impl CaptionEncoder {
     /// # Errors
     /// A node that fails.
     pub fn embed<S: AsRef<str>>(&self, captions: &[S]) -> Result<Vec<f32>, TrainError> {
-        let mut guard = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut guard = self.inner.borrow_mut();
         let Inner { encoder, store, cache, computed } = &mut *guard;
         // Held here as well as in the cache: a batch larger than a generation must not lose its own captions.
         let mut found: HashMap<&str, Arc<[f32]>> = HashMap::new();

@@ -1,5 +1,6 @@
 //! One training step: values and gradients of the objective over a batch.
 
+use std::rc::Rc;
 use std::sync::Arc;
 
 use mcpipe_graph::{
@@ -16,6 +17,9 @@ use crate::graphs::{
 };
 use crate::setup::{LOGIT_SCALE, MAX_LOGIT_SCALE, ModelText, TeacherModel, TrainSetup};
 
+/// Is shown each node and its value right after it ran.
+type Watch<'a> = dyn FnMut(&Node, &dyn Fn() -> Vec<f32>) + 'a;
+
 /// One teacher's tower, running.
 #[derive(Debug)]
 pub(crate) struct TeacherRun {
@@ -31,7 +35,7 @@ pub(crate) struct TeacherRun {
 /// Runs the steps of one training.
 #[derive(Debug)]
 pub(crate) struct Step {
-    pub(crate) setup: Arc<TrainSetup>,
+    pub(crate) setup: Rc<TrainSetup>,
     pub(crate) graphs: Graphs,
     names: Vec<String>,
     tower: Executor<Cpu>,
@@ -80,7 +84,7 @@ fn normalized(x: &[f32], dim: usize, out: &mut Vec<f32>) {
 
 impl Step {
     /// Builds the graphs, completes `store` and allocates everything.
-    pub(crate) fn new(setup: Arc<TrainSetup>, store: &mut ParamStore) -> Result<Self, TrainError> {
+    pub(crate) fn new(setup: Rc<TrainSetup>, store: &mut ParamStore) -> Result<Self, TrainError> {
         let graphs = Graphs::new(&setup)?;
         for graph in graphs.trained() {
             store.init(graph, setup.seed)?;
@@ -211,7 +215,7 @@ impl Step {
     }
 
     pub(crate) fn run_teachers(&mut self, averages: &[Average], batch: &Batch) -> Result<(), TrainError> {
-        let setup = Arc::clone(&self.setup);
+        let setup = Rc::clone(&self.setup);
         let parts = self.parts();
         let inputs = TowerInputs { ids: &self.ids, eot: &self.eot, features: &self.features, parts };
         for run in &mut self.teachers {
@@ -280,7 +284,7 @@ impl Step {
         batch: &Batch,
         part: usize,
         local: bool,
-        watch: &mut dyn FnMut(&Node, &dyn Fn() -> Vec<f32>),
+        watch: &mut Watch<'_>,
     ) -> Result<(), TrainError> {
         let inputs = TowerInputs {
             ids: &self.ids,
@@ -330,7 +334,7 @@ impl Step {
         &mut self,
         store: &ParamStore,
         batch: &Batch,
-        watch: &mut dyn FnMut(&Node, &dyn Fn() -> Vec<f32>),
+        watch: &mut Watch<'_>,
     ) -> Result<(), TrainError> {
         let targets = SoftTargets::new(&batch.captions, batch.mix.as_ref());
         let mut named: Vec<(String, &[f32])> = vec![
@@ -421,7 +425,7 @@ impl Step {
     /// Which parameters of `store` a gradient can reach.
     pub(crate) fn trained(&self, store: &ParamStore) -> Vec<bool> {
         let mut trained = vec![false; store.params().len()];
-        for (spec, node) in self.graphs.trained().into_iter().flat_map(|g| param_nodes(g)) {
+        for (spec, node) in self.graphs.trained().into_iter().flat_map(param_nodes) {
             if let Some(i) = store.index(&spec.name) {
                 trained[i] |= node.requires_grad;
             }

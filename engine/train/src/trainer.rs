@@ -1,6 +1,7 @@
 //! The training loop.
 
 use std::path::PathBuf;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -68,7 +69,7 @@ pub enum Outcome {
 /// [`TrainError::NonFinite`].
 #[derive(Debug)]
 pub struct Trainer {
-    setup: Arc<TrainSetup>,
+    setup: Rc<TrainSetup>,
     store: ParamStore,
     averages: Vec<Average>,
     step_runner: Step,
@@ -92,9 +93,9 @@ impl Trainer {
     /// # Errors
     /// Parts that don't fit together.
     pub fn new(setup: TrainSetup) -> Result<Self, TrainError> {
-        let setup = Arc::new(setup);
+        let setup = Rc::new(setup);
         let mut store = setup.initial.clone();
-        let step_runner = Step::new(Arc::clone(&setup), &mut store)?;
+        let step_runner = Step::new(Rc::clone(&setup), &mut store)?;
         let trained = step_runner.trained(&store);
         let running = step_runner.running(&store);
         let moving: Vec<bool> = trained.iter().zip(&running).map(|(t, r)| *t || *r).collect();

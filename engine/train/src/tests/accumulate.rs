@@ -1,14 +1,15 @@
 //! Parts of a batch give the whole batch's gradient.
 
+use std::rc::Rc;
 use std::sync::Arc;
 
 use super::*;
 use crate::step::Step;
 
 fn gradients(setup: TrainSetup, batch: &Batch) -> (Vec<f64>, Vec<Vec<f32>>) {
-    let setup = Arc::new(setup);
+    let setup = Rc::new(setup);
     let mut store = setup.initial.clone();
-    let mut step = Step::new(Arc::clone(&setup), &mut store).unwrap();
+    let mut step = Step::new(Rc::clone(&setup), &mut store).unwrap();
     let averages = vec![Average::new("mean", &store, 0.9, None)];
     let mut weights = vec![0.4];
     weights.extend(setup.objective.terms.iter().map(|t| t.weight));

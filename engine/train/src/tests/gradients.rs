@@ -1,5 +1,6 @@
 //! Gradients of whole objectives against central differences.
 
+use std::rc::Rc;
 use std::sync::Arc;
 
 use super::*;
@@ -7,9 +8,9 @@ use crate::step::Step;
 
 /// Each parameter tensor is moved along its own random direction.
 fn check(setup: TrainSetup, mix: bool) {
-    let setup = Arc::new(setup);
+    let setup = Rc::new(setup);
     let mut store = setup.initial.clone();
-    let mut step = Step::new(Arc::clone(&setup), &mut store).unwrap();
+    let mut step = Step::new(Rc::clone(&setup), &mut store).unwrap();
     let averages = vec![Average::new("mean", &store, 0.9, None)];
     let batch = Random::new(setup.training.batch_size, mix).batch(0);
     let lambda = setup.objective.lambda;

@@ -1,5 +1,6 @@
 //! Levels against closed forms, and what they refuse.
 
+use std::rc::Rc;
 use std::sync::Arc;
 
 use super::*;
@@ -7,9 +8,9 @@ use crate::distill::{Problem, terms};
 use crate::step::Step;
 
 fn losses(setup: TrainSetup, batch: &Batch) -> Vec<f64> {
-    let setup = Arc::new(setup);
+    let setup = Rc::new(setup);
     let mut store = setup.initial.clone();
-    let mut step = Step::new(Arc::clone(&setup), &mut store).unwrap();
+    let mut step = Step::new(Rc::clone(&setup), &mut store).unwrap();
     let averages = vec![Average::new("mean", &store, 0.9, None)];
     let weights = vec![1.0; 1 + setup.objective.terms.len()];
     step.run(&mut store, &averages, batch, 0, &weights).unwrap().terms
