@@ -3,7 +3,7 @@
 //! The crate knows tensors, not files: [`TrainSetup`] holds towers, teachers and the objective as things that can be
 //! built into a graph; [`Trainer`] runs the steps and tells an [`Observer`] about them.
 //!
-//! One step ([`step`]): the *tower graph* runs for each part of the batch and gives embeddings, and the losses that are
+//! One step: the *tower graph* runs for each part of the batch and gives embeddings, and the losses that are
 //! local to a sample (features, attention); the *loss graph* takes the embeddings of the whole batch and gives the
 //! contrastive losses and the embeddings' gradients; these, with the terms' weights, seed the towers' backward walk.
 //! With `accumulate = 1` the tower's activations are kept. With more parts the towers run forward twice (gradient
