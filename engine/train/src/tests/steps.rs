@@ -18,8 +18,7 @@ fn golden_losses() {
     let (_, log) = run(s);
     // (loss, gradient norm); the tolerance leaves room for other vector widths and thread counts.
     #[allow(clippy::approx_constant)] // no π
-    let golden =
-        [(5.3806, 8.035), (4.3503, 6.421), (4.0799, 3.563), (4.0113, 3.142), (3.9439, 3.371), (4.3269, 6.701)];
+    let golden = [(5.3806, 8.035), (4.3503, 6.421), (4.0799, 3.563), (4.0113, 3.142), (3.9439, 3.371), (4.3269, 6.701)];
     for (r, (loss, norm)) in log.steps.iter().zip(golden) {
         let close = |a: f64, b: f64| (a - b).abs() < 1e-3 * b;
         assert!(close(r.loss, loss) && close(r.grad_norm, norm), "step {}: {} {}", r.step, r.loss, r.grad_norm);
