@@ -90,10 +90,11 @@ impl Progress {
                 let _ = write!(state.terms, "{}{term} {value:.3}", if i > 0 { "  " } else { "" });
             }
         }
-        let rate = images.map_or_else(String::new, |rate| format!("  {rate:.0} images/s"));
+        let rate = images.map(|rate| format!("{rate:.0} images/s"));
+        let said = Some(state.terms.clone()).filter(|terms| !terms.is_empty());
         if let Some(bar) = &state.bar {
             bar.set_position(step);
-            bar.set_message(format!("{}{rate}", state.terms));
+            bar.set_message(said.into_iter().chain(rate).collect::<Vec<_>>().join("  "));
             return;
         }
         let last = state.steps == Some(step);
@@ -102,12 +103,13 @@ impl Progress {
         }
         state.said = Some(Instant::now());
         let total = state.steps.map_or_else(String::new, |steps| format!("/{steps}"));
-        let left = state.steps.and_then(|steps| {
+        let left = state.steps.filter(|steps| *steps > step).and_then(|steps| {
             let done = step.saturating_sub(state.from);
-            let rest = steps.saturating_sub(step) as f64;
-            (done > 0).then(|| format!("  {:.0} s left", state.started.elapsed().as_secs_f64() / done as f64 * rest))
+            let rest = (steps - step) as f64;
+            (done > 0).then(|| format!("{:.0} s left", state.started.elapsed().as_secs_f64() / done as f64 * rest))
         });
-        self.line(&format!("{name}: {step}{total}  {}{rate}{}", state.terms, left.unwrap_or_default()));
+        let parts: Vec<String> = [Some(format!("{step}{total}")), said, rate, left].into_iter().flatten().collect();
+        self.line(&format!("{name}: {}", parts.join("  ")));
     }
 }
 

@@ -5,11 +5,11 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use mcpipe_data::{LoaderOptions, MixOptions, MixPolicy, Normalize, RandomCrop, SampleSet, TrainLoader};
+use mcpipe_data::{LoaderOptions, Normalize, SampleSet, TrainLoader};
 use mcpipe_graph::{GraphBuilder, Param, ParamStore, StepGraph};
 use mcpipe_models::weights::{Entry, NameMap, write_safetensors};
 use mcpipe_models::{Checkpoint, Preprocess};
-use mcpipe_spec::{OnBadSample, Spec, TrainData};
+use mcpipe_spec::Spec;
 use mcpipe_train::{Batch, BatchSource, BoxError, ImageTower, LOGIT_SCALE, Mix, TextTower};
 
 use crate::error::RunError;
@@ -94,10 +94,14 @@ pub fn read_own(path: &Path, graphs: &[StepGraph]) -> Result<Weights, RunError> 
     Ok(Weights { store, logit_scale })
 }
 
-/// A store with the parameters of graphs, without values: enough to plan, not to run.
+/// A store with the parameters of graphs, all zero: enough to plan, not to run.
 pub fn declared(graphs: &[StepGraph]) -> ParamStore {
     let mut store = ParamStore::default();
     graphs.iter().for_each(|graph| declare(&mut store, graph));
+    for param in store.params_mut() {
+        // Zeroed memory is taken from the system only when it is touched, which planning does not.
+        param.data = vec![0.0; param.shape.iter().product()];
+    }
     store
 }
 
@@ -169,16 +173,6 @@ pub fn open_training_data(shards: Vec<PathBuf>) -> Result<Arc<SampleSet>, RunErr
     Ok(Arc::new(SampleSet::open(shards)?))
 }
 
-/// What happens to a bad sample, in the loader's words.
-pub fn on_bad_sample(data: &TrainData) -> mcpipe_data::OnBadSample {
-    match data.on_bad_sample {
-        OnBadSample::Fail => mcpipe_data::OnBadSample::Fail,
-        OnBadSample::Skip => {
-            mcpipe_data::OnBadSample::Skip { max: usize::try_from(data.max_bad_samples).unwrap_or(usize::MAX) }
-        }
-    }
-}
-
 /// The options of the training stream of a model.
 pub fn loader_options(spec: &Spec, seed: u64, batch_size: usize, views: &Views) -> LoaderOptions {
     let mut sizes: Vec<usize> = Vec::new();
@@ -187,22 +181,13 @@ pub fn loader_options(spec: &Spec, seed: u64, batch_size: usize, views: &Views) 
             sizes.push(view.size);
         }
     }
-    let augment = &spec.augment;
-    let crop = augment
-        .crop
-        .as_ref()
-        .map(|crop| RandomCrop { scale: (crop.scale[0], crop.scale[1]), ratio: (crop.ratio[0], crop.ratio[1]) });
-    let mix = MixPolicy {
-        mixup: augment.mixup.as_ref().map(|m| MixOptions { alpha: m.alpha, probability: m.probability }),
-        cutmix: augment.cutmix.as_ref().map(|m| MixOptions { alpha: m.alpha, probability: m.probability }),
-    };
     LoaderOptions {
         seed,
         batch_size,
         sizes,
-        augment: mcpipe_data::Augment { crop, flip: augment.flip },
-        mix,
-        on_bad_sample: on_bad_sample(&spec.data.train),
+        augment: (&spec.augment).into(),
+        mix: (&spec.augment).into(),
+        on_bad_sample: (&spec.data.train).into(),
         workers: spec.data.train.workers,
         prefetch: 2 * spec.data.train.workers,
         ..LoaderOptions::default()

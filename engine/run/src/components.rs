@@ -1,6 +1,5 @@
 //! Every registered component, gathered from the crates that hold their code.
 
-use mcpipe_data::ShapesParams;
 use mcpipe_models::{BackboneEntry, TextEncoderEntry};
 use mcpipe_spec::{Component, ComponentKind, Components, NoParams, params_schema};
 
@@ -30,12 +29,7 @@ pub fn components() -> Components {
     }));
     all.extend(mcpipe_train::components());
     all.extend(mcpipe_eval::components());
-    all.extend([Component {
-        kind: ComponentKind::DataMaker,
-        name: "shapes",
-        summary: "Rendered coloured shapes with captions, as image-text pairs and as a labelled set",
-        params: params_schema::<ShapesParams>,
-    }]);
+    all.extend(mcpipe_data::components());
     all.extend(stages::components());
     all
 }

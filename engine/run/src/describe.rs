@@ -146,7 +146,13 @@ pub fn describe(pipeline: &Pipeline, settings: &Settings) -> Result<Description,
 }
 
 fn training_line(training: String, setup: &setups::Setup) -> Result<TrainingLine, RunError> {
-    let plan = StepPlan::new(&setup.train)?;
+    let mut plan = StepPlan::new(&setup.train)?;
+    for part in &mut plan.parts {
+        // The trainer knows the model that it trains as the student, whoever it is to the pipeline.
+        if let Some(rest) = part.name.strip_prefix("student") {
+            part.name = format!("{training}{rest}");
+        }
+    }
     Ok(TrainingLine { training, steps: setup.train.training.steps, bytes: plan.bytes(), flops: plan.flops(), plan })
 }
 

@@ -61,7 +61,7 @@ const GAP: f64 = 26.0;
 impl Shape {
     fn width(&self) -> f64 {
         // Average advance of a sans-serif face at 13 and 11 px; the title is bold.
-        let title = self.title.chars().count() as f64 * 7.6;
+        let title = self.title.chars().count() as f64 * 8.3;
         let lines = self.lines.iter().map(|l| l.chars().count() as f64 * 6.1).fold(0.0, f64::max);
         title.max(lines).max(60.0) + 2.0 * PAD
     }

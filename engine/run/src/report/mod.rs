@@ -24,11 +24,14 @@ pub struct Report {
     pub predictions: Option<Predictions>,
     /// The DAG as SVG.
     pub dag: String,
-    /// Settings in groups: the group's name and its lines of key and value.
-    pub settings: Vec<(String, Vec<(String, String)>)>,
+    /// Settings in groups.
+    pub settings: Vec<SettingsGroup>,
     /// Version of the code.
     pub version: String,
 }
+
+/// A table of the pipeline: its name and its lines of key and value.
+pub type SettingsGroup = (String, Vec<(String, String)>);
 
 /// The name of a model for people.
 pub fn label(name: &str, role: crate::records::Role, distils: bool) -> String {

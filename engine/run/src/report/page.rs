@@ -52,7 +52,7 @@ pub fn html(report: &Report) -> String {
     }
     let _ = write!(page, "<h2>Stages</h2><div class=\"card\">{}</div>", report.dag);
     settings(&mut page, report);
-    let _ = write!(page, "<footer>mcpipe {}</footer></main></body></html>\n", escape(&report.version));
+    let _ = writeln!(page, "<footer>mcpipe {}</footer></main></body></html>", escape(&report.version));
     page
 }
 

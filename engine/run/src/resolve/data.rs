@@ -87,22 +87,29 @@ impl EvalData {
             TrainSource::Shards(shards) => shards.first().and_then(|s| root_above(s)),
             TrainSource::Made => None,
         };
+        // Where no split is written, its troubles are those of the root.
         let (split, split_path) = match &evaluation.split {
-            Some(split) => (split.clone(), format!("eval[{at}].split")),
-            None => (defaults.split.clone(), "data.eval.split".to_owned()),
+            Some(split) => (split.clone(), Some(format!("eval[{at}].split"))),
+            None => {
+                let path = "data.eval.split".to_owned();
+                (defaults.split.clone(), Some(path).filter(|path| document.is_set(path)))
+            }
         };
+        let split_path = split_path.as_deref();
         let templates = evaluation.templates.clone().or_else(|| defaults.templates.clone());
         let source = match (named, above) {
             (Some((root, path)), _) => {
-                check_root(document, root, &path, &split, &split_path, templates.is_none(), found)?;
+                check_root(document, root, &path, &split, split_path, templates.is_none(), found)?;
                 EvalSource::Root(root.clone())
             }
             (None, Some(root)) => {
                 let path = "data.train.shards";
-                check_root(document, &root, path, &split, &split_path, templates.is_none(), found)?;
+                check_root(document, &root, path, &split, split_path, templates.is_none(), found)?;
                 EvalSource::Root(root)
             }
             (None, None) if document.spec.data.make.is_some() => EvalSource::Made,
+            // The shards that the set would be looked for beside are missing, which is reported already.
+            (None, None) if matches!(train, TrainSource::Shards(shards) if shards.is_empty()) => return None,
             (None, None) => {
                 let message = format!("the evaluation `{}` has no data", evaluation.name);
                 let diagnostic = document.diagnostic(Code::MissingKey, "data.eval.root", message).with_help(
@@ -154,11 +161,12 @@ fn check_root(
     root: &Path,
     path: &str,
     split: &str,
-    split_path: &str,
+    split_path: Option<&str>,
     own_templates: bool,
     found: &mut Vec<Diagnostic>,
 ) -> Option<()> {
     let before = found.len();
+    let split_path = split_path.unwrap_or(path);
     if !root.is_dir() {
         found.push(document.missing_file(path, "evaluation set", root));
         return None;

@@ -13,7 +13,7 @@ use crate::pipeline::Resolved;
 use crate::plan::{Context, Load, Need, Plan, Port, Stage, StageId};
 use crate::progress::Event;
 use crate::records::{METRICS, MODEL, ModelRecord, PREDICTIONS, Role, SCORES, Scores};
-use crate::report::{Report, html, read_metrics};
+use crate::report::{Report, SettingsGroup, html, read_metrics};
 use crate::run_dir::resolved_toml;
 use crate::setups::{student_needs, teacher_stage};
 use crate::store::{read_json, write_file};
@@ -128,7 +128,7 @@ impl Stage for MakeReport {
 }
 
 /// The resolved pipeline as groups of dotted keys and values.
-fn settings(text: &str) -> Result<Vec<(String, Vec<(String, String)>)>, RunError> {
+fn settings(text: &str) -> Result<Vec<SettingsGroup>, RunError> {
     let table: toml::Table = toml::from_str(text).map_err(|e| RunError::Report(e.to_string()))?;
     let mut groups = vec![("pipeline".to_owned(), Vec::new())];
     for (name, value) in &table {
