@@ -85,11 +85,17 @@ fn a_run_leaves_everything_and_the_next_takes_it_from_the_store() {
     let renamed = results(&bench, &["--set", "name=other"]);
     assert_eq!(renamed["results"]["ran"], 1, "{renamed}");
 
-    let fresh = results(&bench, &["--fresh"]);
+    // Without distillation the student is what the baseline was; its result serves under the other name.
+    let plain = results(&bench, &["--set", "distill=[]"]);
+    assert_eq!(plain["results"]["ran"], 3, "evaluation, export and report: {plain}");
+    assert_eq!(plain["results"]["rows"][0]["model"]["name"], "student");
+    assert_eq!(plain["results"]["rows"][0]["scores"][0]["model"], "student");
+
+    let fresh = results(&bench, &["--fresh", "--out", "fresh"]);
     assert_eq!(fresh["results"]["from_store"], 0, "{fresh}");
     assert_eq!(
         fs::read(one.join("checkpoints/student/weights.safetensors")).expect("weights"),
-        fs::read(bench.path().join("runs/tiny-3/checkpoints/student/weights.safetensors")).expect("weights"),
+        fs::read(bench.path().join("fresh/checkpoints/student/weights.safetensors")).expect("weights"),
         "the same bits from a fresh run"
     );
 }

@@ -1,8 +1,14 @@
 //! What stages write for the stages after them and for the run directory.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
+
+use crate::error::RunError;
+use crate::plan::StageId;
+use crate::stages::train_student;
+use crate::store::read_json;
 
 /// File of a trained or loaded model's record.
 pub const MODEL: &str = "model.json";
@@ -44,6 +50,24 @@ pub struct ModelRecord {
     pub flops_per_image: u64,
     /// Its training; none for a loaded model.
     pub training: Option<TrainingRecord>,
+}
+
+impl ModelRecord {
+    /// Reads the record of a stage's result. Name and role are the stage's: one result may serve stages of other
+    /// names, as a teacher that was renamed.
+    ///
+    /// # Errors
+    /// The record can't be read.
+    pub fn read(dir: &Path, stage: &StageId) -> Result<Self, RunError> {
+        let mut record: Self = read_json(&dir.join(MODEL))?;
+        record.role = match (stage.kind, stage.subject.as_str()) {
+            (train_student::NAME, subject) if subject == train_student::student_name(Role::Baseline) => Role::Baseline,
+            (train_student::NAME, _) => Role::Student,
+            _ => Role::Teacher,
+        };
+        record.name.clone_from(&stage.subject);
+        Ok(record)
+    }
 }
 
 /// How a training went.

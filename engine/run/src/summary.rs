@@ -35,9 +35,9 @@ impl Summary {
     pub fn read(outcomes: &[Outcome]) -> Result<Self, RunError> {
         let mut rows: Vec<Row> = Vec::new();
         let mut scores: Vec<Scores> = Vec::new();
-        for stored in outcomes.iter().filter_map(|o| o.stored.as_ref()) {
+        for (id, stored) in outcomes.iter().filter_map(|o| Some((&o.id, o.stored.as_ref()?))) {
             if stored.dir.join(MODEL).is_file() {
-                rows.push(Row { model: read_json(&stored.dir.join(MODEL))?, scores: Vec::new() });
+                rows.push(Row { model: ModelRecord::read(&stored.dir, id)?, scores: Vec::new() });
             }
             if stored.dir.join(SCORES).is_file() {
                 scores.push(read_json(&stored.dir.join(SCORES))?);

@@ -12,7 +12,7 @@ use crate::hash::{REPORT_DIGEST, code_version};
 use crate::pipeline::Resolved;
 use crate::plan::{Context, Load, Need, Plan, Port, Stage, StageId};
 use crate::progress::Event;
-use crate::records::{METRICS, MODEL, ModelRecord, PREDICTIONS, Role, SCORES, Scores};
+use crate::records::{METRICS, ModelRecord, PREDICTIONS, Role, SCORES, Scores};
 use crate::report::{Report, SettingsGroup, html, read_metrics};
 use crate::run_dir::resolved_toml;
 use crate::setups::{student_needs, teacher_stage};
@@ -89,7 +89,7 @@ impl Stage for MakeReport {
         let mut trainings = Vec::new();
         for stage in self.models() {
             let dir = context.input(&stage)?;
-            let record: ModelRecord = read_json(&dir.join(MODEL))?;
+            let record = ModelRecord::read(dir, &stage)?;
             if record.training.is_some() {
                 trainings.push((record.name.clone(), read_metrics(&dir.join(METRICS))?));
             }

@@ -17,7 +17,8 @@ use crate::resolve::StudentText;
 use crate::setups::{self, Frozen, student_needs, teachers_used};
 use crate::store::write_json;
 
-const NAME: &str = "train_student";
+/// Name of the kind.
+pub const NAME: &str = "train_student";
 
 /// `train_student`.
 pub const STAGE: StageDef = StageDef {
