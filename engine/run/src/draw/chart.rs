@@ -49,8 +49,16 @@ const LEFT: f64 = 62.0;
 const RIGHT: f64 = 16.0;
 const TOP: f64 = 14.0;
 const BOTTOM: f64 = 46.0;
-const DASHES: [&str; 5] = ["", "7 4", "2 3", "9 3 2 3", "1 5"];
+const DASHES: [&str; 7] = ["7 4", "2 3", "9 3 2 3", "1 5", "12 3", "5 2 1 2 1 2", "4 7"];
 const LEGEND_ROW: f64 = 19.0;
+
+/// The dash pattern of a line; only 0 is a full line.
+fn dash(index: usize) -> &'static str {
+    match index {
+        0 => "",
+        i => DASHES[(i - 1) % DASHES.len()],
+    }
+}
 
 /// About `count` round values that span `low..high`.
 fn ticks(low: f64, high: f64, count: f64) -> Vec<f64> {
@@ -79,7 +87,8 @@ impl Chart {
             return "<p class=\"muted\">Nothing was logged.</p>".to_owned();
         }
         let points = || series.iter().flat_map(|s| &s.points);
-        let x_max = points().map(|p| p.0).fold(1.0, f64::max);
+        // A little room, so that a mark at the last step is not cut.
+        let x_max = 1.015 * points().map(|p| p.0).fold(1.0, f64::max);
         let x_min = points().map(|p| p.0).fold(x_max, f64::min).min(0.0);
         let ys = || points().map(|p| p.1).chain(self.marks.iter().map(|m| m.y));
         let (mut low, mut high) = (ys().fold(f64::INFINITY, f64::min), ys().fold(f64::NEG_INFINITY, f64::max));
@@ -163,7 +172,7 @@ impl Chart {
                      stroke-dasharray=\"{2}\"/><text x=\"{3:.1}\" y=\"{4:.1}\" fill=\"var(--fg)\">{5}</text>",
                     y + 4.0,
                     line.color % 6,
-                    DASHES[line.dash % DASHES.len()],
+                    dash(line.dash),
                     x + 30.0,
                     y + 8.0,
                     escape(&line.name)
@@ -184,7 +193,7 @@ impl Chart {
             svg,
             "<path d=\"{d}\" fill=\"none\" stroke=\"var(--s{color})\" stroke-width=\"1.8\" stroke-linejoin=\"round\" \
              stroke-dasharray=\"{}\"><title>{}</title></path>",
-            DASHES[line.dash % DASHES.len()],
+            dash(line.dash),
             escape(&line.name)
         );
         // Few points are marked, so that a single one can be seen at all.
