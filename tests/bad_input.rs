@@ -589,7 +589,7 @@ mcpipe: error: cannot write locked/run: Read-only file system (os error 30); cho
 
 "#]]);
     bench.mcpipe(&["run", "tiny.toml", "--store", "locked", "--out", "run"]).assert().code(1).stderr_eq(str![[r#"
-mcpipe: error: stage make_data: cannot write locked/make_data-69740860baa8c6f2cc6e.lock: Read-only file system (os error 30); choose another folder by --store and --out
+mcpipe: error: stage make_data: cannot write locked/make_data-[..].lock: Read-only file system (os error 30); choose another folder by --store and --out
 
 "#]]);
 }
