@@ -53,6 +53,9 @@ pub enum ExecError {
     Backend(#[from] BackendError),
 }
 
+/// Sees each node after it ran, with a way to read its value.
+pub type Watch<'a> = &'a mut dyn FnMut(&Node, &dyn Fn() -> Vec<f32>);
+
 /// Runs one [`StepGraph`] with one [`MemoryPlan`]; reused from step to step.
 #[derive(Debug)]
 pub struct Executor<B: Backend = Cpu> {
@@ -229,7 +232,7 @@ impl<B: Backend> Executor<B> {
         &mut self,
         store: &ParamStore<B::Buffer>,
         feeds: &Feeds<'_>,
-        watch: &mut dyn FnMut(&Node, &dyn Fn() -> Vec<f32>),
+        watch: Watch<'_>,
     ) -> Result<(), ExecError> {
         self.feed(feeds)?;
         let graph = Arc::clone(&self.graph);

@@ -20,7 +20,7 @@ mod params;
 
 pub use backend::{Backend, Cpu, Kernels};
 pub use builder::{BatchNormArgs, ConvArgs, GraphBuilder, Path};
-pub use exec::{ExecError, Executor, Feed, Feeds, OpTime};
+pub use exec::{ExecError, Executor, Feed, Feeds, OpTime, Watch};
 pub use graph::{GraphError, Node, ParamId, ParamSpec, Source, StepGraph, Tensor, ValueId};
 pub use init::Init;
 pub use mcpipe_cpu::activation::Activation;
