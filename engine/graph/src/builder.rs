@@ -517,7 +517,8 @@ impl GraphBuilder {
     pub fn fold_patches(&mut self, x: &Tensor, h: usize, w: usize, patch: [usize; 2]) -> Result<Tensor, GraphError> {
         let (_, c) = Self::rows(x);
         let pixels = x.numel() / c.max(1);
-        if patch.contains(&0) || h * w == 0 || !pixels.is_multiple_of(h * w) || h % patch[0] != 0 || w % patch[1] != 0 {
+        let tiled = !patch.contains(&0) && h.is_multiple_of(patch[0]) && w.is_multiple_of(patch[1]);
+        if !tiled || h * w == 0 || !pixels.is_multiple_of(h * w) {
             return Err(self.refuse(
                 "fold_patches",
                 &[x],
