@@ -56,6 +56,8 @@ params!(TextSizes {
     /// Tokens of a caption.
     #[schemars(range(min = 3, max = 4096))]
     context_length: usize = 77,
+    /// Keep the token table as it is drawn.
+    frozen_embedding: bool = false,
 });
 
 params!(Logits {
@@ -145,6 +147,9 @@ params!(Shapes {
     /// Side of an image in pixels.
     #[schemars(range(min = 8, max = 1024))]
     image_size: usize = 64,
+    /// From 0, plain, to 1, cluttered.
+    #[schemars(range(min = 0.0, max = 1.0))]
+    difficulty: f64 = 0.5,
 });
 
 params!(Retrieval {
