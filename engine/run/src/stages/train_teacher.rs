@@ -67,7 +67,6 @@ pub fn data_settings(resolved: &Resolved) -> Result<Value, RunError> {
         "files": resolved.train.identity()?,
         "on_bad_sample": data.on_bad_sample,
         "max_bad_samples": data.max_bad_samples,
-        "shuffle_buffer": data.shuffle_buffer,
         "augment": resolved.spec().augment,
     }))
 }

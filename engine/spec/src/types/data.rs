@@ -46,9 +46,6 @@ pub struct TrainData {
     pub on_bad_sample: OnBadSample,
     /// With `on_bad_sample = "skip"`: so many bad samples, counted over the whole run, stop it after all.
     pub max_bad_samples: u64,
-    /// Samples held in memory to draw from; 0 keeps the order of the shards.
-    #[schemars(range(max = 10_000_000))]
-    pub shuffle_buffer: usize,
     /// Threads that decode and augment.
     #[schemars(range(min = 1, max = 1024))]
     pub workers: usize,
@@ -56,7 +53,7 @@ pub struct TrainData {
 
 impl Default for TrainData {
     fn default() -> Self {
-        Self { shards: None, on_bad_sample: OnBadSample::Skip, max_bad_samples: 100, shuffle_buffer: 1000, workers: 2 }
+        Self { shards: None, on_bad_sample: OnBadSample::Skip, max_bad_samples: 100, workers: 2 }
     }
 }
 
