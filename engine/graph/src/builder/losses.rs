@@ -1,0 +1,81 @@
+//! Losses and the maps they compare, as ops.
+
+use mcpipe_cpu::loss::Contrastive;
+
+use super::GraphBuilder;
+use crate::graph::{GraphError, Tensor};
+use crate::op::Op;
+
+impl GraphBuilder {
+    /// The contrastive loss; see [`Op::Contrastive`]. `p_row [B,B']`, `p_col [B',B]` hold rows that sum to 1.
+    ///
+    /// # Errors
+    /// Sizes that don't fit together.
+    pub fn contrastive(
+        &mut self,
+        d: Contrastive,
+        a: &Tensor,
+        b: &Tensor,
+        scale: &Tensor,
+        targets: [&Tensor; 2],
+    ) -> Result<Tensor, GraphError> {
+        let [p_row, p_col] = targets;
+        let fits = a.shape == [d.rows, d.dim]
+            && b.shape == [d.cols, d.dim]
+            && scale.numel() == 1
+            && p_row.shape == [d.rows, d.cols]
+            && p_col.shape == [d.cols, d.rows];
+        if !fits {
+            return Err(self.refuse("contrastive", &[a, b, scale, p_row, p_col], "embeddings and targets don't fit"));
+        }
+        Ok(self.op(Op::Contrastive(d), &[a, b, scale, p_row, p_col], vec![1]))
+    }
+
+    /// Mean squared error → scalar.
+    ///
+    /// # Errors
+    /// Sizes differ.
+    pub fn mse(&mut self, a: &Tensor, b: &Tensor) -> Result<Tensor, GraphError> {
+        let t = self.same_size(Op::Mse, a, b)?;
+        Ok(self.scalar(t))
+    }
+
+    /// Mean over rows of one minus the cosine → scalar.
+    ///
+    /// # Errors
+    /// Sizes differ.
+    pub fn cosine(&mut self, a: &Tensor, b: &Tensor) -> Result<Tensor, GraphError> {
+        let (rows, c) = Self::rows(a);
+        let t = self.same_size(Op::Cosine { rows, c }, a, b)?;
+        Ok(self.scalar(t))
+    }
+
+    /// Mean over rows of `KL(p ‖ q)`; no gradient to the target `p` → scalar.
+    ///
+    /// # Errors
+    /// Sizes differ.
+    pub fn kl(&mut self, p: &Tensor, q: &Tensor) -> Result<Tensor, GraphError> {
+        let (rows, c) = Self::rows(p);
+        let t = self.same_size(Op::KlRows { rows, c }, p, q)?;
+        Ok(self.scalar(t))
+    }
+
+    fn scalar(&mut self, mut t: Tensor) -> Tensor {
+        t.shape = vec![1];
+        self.dag[t.id].shape = vec![1];
+        t
+    }
+
+    /// Attention-transfer map (Zagoruyko & Komodakis 2017, eq. 1, p = 2): `[B, …, C]` → `[B, pixels]`.
+    ///
+    /// # Errors
+    /// Fewer than three axes.
+    pub fn attention_transfer_map(&mut self, x: &Tensor) -> Result<Tensor, GraphError> {
+        if x.shape.len() < 3 {
+            return Err(self.refuse("attention_transfer_map", &[x], "three axes or more are needed"));
+        }
+        let (batch, c) = (x.shape[0], x.shape[x.shape.len() - 1]);
+        let hw = x.numel() / (batch * c).max(1);
+        Ok(self.op(Op::AttentionTransferMap { batch, hw, c }, &[x], vec![batch, hw]))
+    }
+}
