@@ -5,6 +5,8 @@
 //! inner dimension comes in `kh` segments, one padded image row apart. Only the padding is ever copied.
 
 use super::Conv2d;
+use crate::activation::Activation;
+use crate::gemm::Epilogue;
 use crate::gemm::kernel::{Product, product};
 use crate::gemm::pack::{pack_b, packed_len};
 use crate::parallel::{Shared, for_each_task, part, tasks_for};
@@ -164,15 +166,15 @@ fn weight_matrix(w: &[f32], columns: usize, at: impl Fn(usize) -> usize + Sync, 
     }
 }
 
-/// `y = conv(x, w) + bias`.
-pub(super) fn forward(d: &Conv2d, x: &[f32], w: &[f32], bias: Option<&[f32]>, y: &mut [f32], ws: &mut Workspace) {
+/// `y = act(conv(x, w) + bias + residual)`.
+pub(super) fn forward(d: &Conv2d, x: &[f32], w: &[f32], epilogue: &Epilogue, y: &mut [f32], ws: &mut Workspace) {
     // `[ky, kx, i, o]` from `[o, i, ky, kx]`.
     let taps = d.kh * d.kw;
     let at = |r: usize| r % d.c_in * taps + r / d.c_in;
-    convolve(&Geometry::of(d), x, w, at, d.c_in * taps, false, bias, y, ws);
+    convolve(&Geometry::of(d), x, w, at, d.c_in * taps, false, epilogue, y, ws);
 }
 
-/// `y (+)= conv(x, w) + bias`, the weight of (tap, input channel) `r` and output channel `o` being `w[at(r) + o * stride]`.
+/// `y (+)= conv(x, w)`, then the epilogue; the weight of (tap, input channel) `r` and output channel `o` being `w[at(r) + o * stride]`.
 fn convolve(
     g: &Geometry,
     x: &[f32],
@@ -180,7 +182,7 @@ fn convolve(
     at: impl Fn(usize) -> usize + Sync,
     stride: usize,
     accumulate: bool,
-    bias: Option<&[f32]>,
+    epilogue: &Epilogue,
     y: &mut [f32],
     ws: &mut Workspace,
 ) {
@@ -230,7 +232,12 @@ fn convolve(
                         ldc: g.c_out,
                         alpha: 1.0,
                         accumulate,
-                        bias: bias.map_or(std::ptr::null(), <[f32]>::as_ptr),
+                        bias: epilogue.bias.map_or(std::ptr::null(), <[f32]>::as_ptr),
+                        // SAFETY: as `c`: the residual has the output's size.
+                        residual: epilogue.residual.map_or(std::ptr::null(), |r| unsafe {
+                            r.as_ptr().add((n * g.out_h + oy) * g.out_w * g.c_out)
+                        }),
+                        act: epilogue.act,
                     };
                     // SAFETY: the slice above covers A; B has k rows; strips, so output rows, are disjoint over tasks.
                     unsafe { product(level, &p) };
@@ -260,7 +267,7 @@ pub(super) fn backward_data(d: &Conv2d, w: &[f32], dy: &[f32], dx: &mut [f32], a
             pad_x: d.kw - 1 - d.pad,
         };
         let at = |r: usize| r % d.c_out * d.c_in * taps + (taps - 1 - r / d.c_out);
-        convolve(&g, dy, w, at, taps, accumulate, None, dx, ws);
+        convolve(&g, dy, w, at, taps, accumulate, &Epilogue::default(), dx, ws);
     } else {
         scatter(d, w, dy, dx, accumulate, ws);
     }
@@ -323,6 +330,8 @@ fn scatter(d: &Conv2d, w: &[f32], dy: &[f32], dx: &mut [f32], accumulate: bool, 
                     alpha: 1.0,
                     accumulate: false,
                     bias: std::ptr::null(),
+                    residual: std::ptr::null(),
+                    act: Activation::Identity,
                 };
                 // SAFETY: dy has these rows, the packed weights `c_out` rows, the scratch room for the strip.
                 unsafe { product(level, &p) };
@@ -410,6 +419,8 @@ pub(super) fn backward_weights(d: &Conv2d, x: &[f32], dy: &[f32], dw: &mut [f32]
                     alpha: 1.0,
                     accumulate: i > 0,
                     bias: std::ptr::null(),
+                    residual: std::ptr::null(),
+                    act: Activation::Identity,
                 };
                 // SAFETY: the slices above cover A, B and C; C is this task's own.
                 unsafe { product(level, &p) };

@@ -1,4 +1,5 @@
 use super::*;
+use crate::activation::Activation;
 use crate::testing::{assert_close, at_each_level, random, wide, with_threads};
 
 /// Relative error allowed: f32 sums of up to a few thousand products of magnitude at most 1.
@@ -102,4 +103,34 @@ fn empty_sizes_do_nothing() {
     check(&conv(0, (5, 5), (3, 4), 3, 1), 1);
     check(&Conv2d { pad: 0, ..conv(1, (2, 2), (3, 4), 3, 1) }, 1);
     check(&Conv2d { groups: 3, pad: 0, ..conv(1, (2, 2), (3, 3), 3, 1) }, 1);
+}
+
+/// act(conv + bias + residual) in one call against the same in steps, on every path and past the cache blocks.
+#[test]
+fn fused_forwards_agree_with_their_steps() {
+    let sizes = [
+        conv(2, (9, 7), (5, 33), 3, 2),
+        conv(2, (30, 31), (20, 70), 1, 1),
+        conv(1, (5, 5), (900, 40), 1, 1),
+        Conv2d { groups: 19, ..conv(2, (9, 7), (19, 19), 3, 1) },
+        Conv2d { groups: 2, ..conv(2, (6, 7), (4, 6), 3, 1) },
+    ];
+    for d in sizes {
+        let len = d.batch * d.out_h() * d.out_w() * d.c_out;
+        let (x, w) = (random(d.batch * d.h * d.w * d.c_in, 1), random(d.weights(), 2));
+        let (bias, residual) = (random(d.c_out, 3), random(len, 4));
+        at_each_level(|level, ws| {
+            for act in [Activation::Identity, Activation::Silu, Activation::HardSwish] {
+                let mut steps = vec![f32::NAN; len];
+                conv2d_forward(&d, &x, &w, Some(&bias), &mut steps, ws);
+                steps.iter_mut().zip(&residual).for_each(|(y, r)| *y += r);
+                let mut want = vec![f32::NAN; len];
+                crate::activation::activation_forward(act, &steps, &mut want);
+                let mut got = vec![f32::NAN; len];
+                let epilogue = Epilogue { bias: Some(&bias), residual: Some(&residual), act };
+                conv2d_fused_forward(&d, &x, &w, &epilogue, &mut got, ws);
+                assert_close(&got, &wide(&want), 1e-6, &format!("{d:?} {act:?} at {level}"));
+            }
+        });
+    }
 }

@@ -5,8 +5,10 @@
 //! (a kernel row of a convolution, an output row of its weight gradient): that makes convolution a matrix product
 //! without im2col.
 
+use crate::activation::{self, Activation};
 use crate::simd::{Level, Simd};
 use crate::simd_fn;
+use std::ops::Range;
 
 /// Rows of A that stay in the nearest caches while the panels of B pass.
 const ROW_BLOCK: usize = 48;
@@ -44,6 +46,10 @@ pub(crate) struct Product {
     pub accumulate: bool,
     /// `n` values added to every row, or null.
     pub bias: *const f32,
+    /// A matrix as C, rows `ldc` apart, that is added; or null.
+    pub residual: *const f32,
+    /// Applied to C last, while its rows are still in the nearest caches.
+    pub act: Activation,
 }
 
 /// Cuts the columns of B into panels: the width in vectors of the next one when `left` vectors remain. With 32 registers
@@ -122,6 +128,10 @@ unsafe fn tile<S: Simd, const MR: usize, const NV: usize, const TAIL: bool>(s: S
                 if p.accumulate {
                     v = s.add(v, if tail { s.load_partial_ptr(at, last) } else { s.load_ptr(at) });
                 }
+                if !p.residual.is_null() {
+                    let from = p.residual.add((row + i) * p.ldc + panel.col + j * lanes);
+                    v = s.add(v, if tail { s.load_partial_ptr(from, last) } else { s.load_ptr(from) });
+                }
                 if tail {
                     s.store_partial_ptr(at, last, v);
                 } else {
@@ -173,7 +183,7 @@ simd_fn! {
 /// Computes one product on the calling thread.
 ///
 /// # Safety
-/// Every element that [`Product`]'s formulas name for its sizes is readable (A, B, bias) or writable (C), and C overlaps
+/// Every element that [`Product`]'s formulas name for its sizes is readable (A, B, bias, residual) or writable (C), and C overlaps
 /// none of the others.
 pub(crate) unsafe fn product(level: Level, p: &Product) {
     let lanes = level.lanes();
@@ -210,7 +220,26 @@ pub(crate) unsafe fn product(level: Level, p: &Product) {
                 }
                 v += nv;
             }
+            if p.act != Activation::Identity {
+                let (first, behind) = (from * lanes, p.n.min(to * lanes));
+                // SAFETY: these elements of C were written just now.
+                unsafe { activate(level, p, first_row..p.m.min(first_row + ROW_BLOCK), first..behind) };
+            }
         }
         from = to;
+    }
+}
+
+/// `C = act(C)` on some rows and columns.
+///
+/// # Safety
+/// The rows and columns lie inside C, which nothing else uses meanwhile.
+unsafe fn activate(level: Level, p: &Product, rows: Range<usize>, columns: Range<usize>) {
+    let whole = columns.len() == p.ldc;
+    let (count, len) = if whole { (1, rows.len() * p.ldc) } else { (rows.len(), columns.len()) };
+    for i in 0..count {
+        // SAFETY: the caller's contract; rows are `ldc` apart, so whole rows lie side by side.
+        let line = unsafe { std::slice::from_raw_parts_mut(p.c.add((rows.start + i) * p.ldc + columns.start), len) };
+        activation::apply(level, p.act, line);
     }
 }
