@@ -1,6 +1,7 @@
 //! 2-d convolution on channels-last images: forward, gradient by the input, gradient by the weights.
 
 mod dense;
+mod multiplied;
 
 use crate::activation;
 use crate::depthwise;
@@ -13,8 +14,8 @@ use crate::workspace::Workspace;
 /// Sizes of a 2-d convolution. `x` is `[batch, h, w, c_in]`, `w` (weights) is `[c_out, c_in / groups, kh, kw]`, `y` is
 /// `[batch, out_h, out_w, c_out]`; zero padding, the same stride in both directions, no dilation.
 ///
-/// Dense (`groups == 1`) and depthwise (`groups == c_in == c_out`) convolutions are fast; other group counts are
-/// computed by the plain formulation.
+/// Dense (`groups == 1`) and depthwise (`groups == c_in`, one or several outputs per channel) convolutions are fast;
+/// other group counts are computed by the plain formulation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Conv2d {
     /// Images.
@@ -80,8 +81,8 @@ impl Conv2d {
             } else {
                 Path::Dense
             }
-        } else if self.groups == self.c_in && self.c_in == self.c_out {
-            Path::Depthwise
+        } else if self.groups == self.c_in {
+            if self.c_in == self.c_out { Path::Depthwise } else { Path::Multiplied }
         } else {
             Path::Grouped
         }
@@ -97,6 +98,7 @@ enum Path {
     Pointwise,
     Dense,
     Depthwise,
+    Multiplied,
     Grouped,
 }
 
@@ -113,6 +115,7 @@ pub fn conv2d_fused_forward(d: &Conv2d, x: &[f32], w: &[f32], epilogue: &Epilogu
         Path::Pointwise => linear_fused_forward(&d.pointwise(), x, w, epilogue, y, ws),
         Path::Dense => dense::forward(d, x, w, epilogue, y, ws),
         Path::Depthwise => depthwise::forward(d, x, w, epilogue, y, ws),
+        Path::Multiplied => multiplied::forward(d, x, w, epilogue, y, ws),
         Path::Grouped => {
             reference::conv2d_forward(d, x, w, epilogue.bias, y);
             if let Some(residual) = epilogue.residual {
@@ -130,6 +133,7 @@ pub fn conv2d_backward_data(d: &Conv2d, w: &[f32], dy: &[f32], dx: &mut [f32], a
         Path::Pointwise => linear_backward_data(&d.pointwise(), w, dy, dx, accumulate, ws),
         Path::Dense => dense::backward_data(d, w, dy, dx, accumulate, ws),
         Path::Depthwise => depthwise::backward_data(d, w, dy, dx, accumulate, ws),
+        Path::Multiplied => multiplied::backward_data(d, w, dy, dx, accumulate, ws),
         Path::Grouped => reference::conv2d_backward_data(d, w, dy, dx, accumulate),
     }
 }
@@ -148,6 +152,7 @@ pub fn conv2d_backward_weights(
         Path::Pointwise => linear_backward_weights(&d.pointwise(), x, dy, dw, None, ws),
         Path::Dense => dense::backward_weights(d, x, dy, dw, ws),
         Path::Depthwise => depthwise::backward_weights(d, x, dy, dw, ws),
+        Path::Multiplied => multiplied::backward_weights(d, x, dy, dw, ws),
         Path::Grouped => reference::conv2d_backward_weights(d, x, dy, dw, None),
     }
     if let Some(dbias) = dbias {
