@@ -1,5 +1,6 @@
 //! Matrix products: row-major f32, any transposition, split along the inner dimension where that is the long one.
 
+pub(crate) mod bf16;
 pub(crate) mod kernel;
 pub(crate) mod pack;
 
@@ -146,6 +147,7 @@ pub fn gemm_serial(
         c: c.as_mut_ptr(),
         ldc,
         alpha,
+        pairs: false,
         accumulate,
         bias: std::ptr::null(),
         residual: std::ptr::null(),
@@ -323,6 +325,7 @@ pub(crate) fn multiply(
                 c: c_ptr.ptr().add(rows.start * n + cols.start),
                 ldc: n,
                 alpha,
+                pairs: false,
                 accumulate,
                 bias: epilogue.bias.map_or(std::ptr::null(), |bias| bias.as_ptr().add(cols.start)),
                 residual: epilogue.residual.map_or(std::ptr::null(), |r| r.as_ptr().add(rows.start * n + cols.start)),
@@ -371,6 +374,7 @@ fn split_k(
             c: unsafe { out.ptr().add(task * m * n) },
             ldc: n,
             alpha,
+            pairs: false,
             accumulate: false,
             bias: std::ptr::null(),
             residual: std::ptr::null(),
