@@ -25,6 +25,7 @@ pub use exec::{ExecError, Executor, Feed, Feeds, OpTime, Watch};
 pub use fuse::FusedConv;
 pub use graph::{GraphError, Node, ParamId, ParamSpec, Source, StepGraph, StochasticInput, Tensor, ValueId};
 pub use init::Init;
+pub use mcpipe_cpu::Precision;
 pub use mcpipe_cpu::activation::Activation;
 pub use memory::{MemoryPlan, Mode};
 pub use op::{Op, Runner};

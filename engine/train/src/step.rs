@@ -4,7 +4,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use mcpipe_graph::{
-    Cpu, ExecError, Executor, Feed, Grads, Mode, Node, Op, ParamSpec, ParamStore, Source, StepGraph, Tensor,
+    Cpu, ExecError, Executor, Feed, Grads, Mode, Node, Op, ParamSpec, ParamStore, Precision, Source, StepGraph, Tensor,
 };
 
 use crate::batch::{Batch, SoftTargets};
@@ -92,10 +92,14 @@ impl Step {
         for graph in graphs.trained() {
             store.init(graph, setup.seed)?;
         }
-        let backend = || Cpu::new(setup.kernels);
+        let precision = match setup.training.precision {
+            mcpipe_spec::Precision::F32 => Precision::F32,
+            mcpipe_spec::Precision::Bf16 => Precision::Bf16,
+        };
+        let backend = || Cpu::new(setup.kernels).with_precision(precision);
         let tower = Executor::new(Arc::new(graphs.tower.clone()), store, Mode::Train, backend())?;
         let first = graphs.first.clone().map(|g| Executor::new(Arc::new(g), store, Mode::Forward, backend()));
-        let loss = Executor::new(Arc::new(graphs.loss.clone()), store, Mode::Train, backend())?;
+        let loss = Executor::new(Arc::new(graphs.loss.clone()), store, Mode::Train, Cpu::new(setup.kernels))?;
         let mut teachers = Vec::new();
         for plan in &graphs.teachers {
             let weights: Option<&ParamStore> = match &setup.teachers[plan.teacher].model {

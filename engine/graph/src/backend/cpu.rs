@@ -7,8 +7,8 @@ use std::collections::HashMap;
 
 use mcpipe_cpu::norm::{self, Norm};
 use mcpipe_cpu::{
-    Epilogue, Workspace, activation, attention, conv, elementwise, embedding, gemm, layout, linear, loss, pooling,
-    resize, separable, softmax,
+    Epilogue, Precision, Workspace, activation, attention, conv, elementwise, embedding, gemm, layout, linear, loss,
+    pooling, resize, separable, softmax,
 };
 
 use super::reference::{self, Tape};
@@ -38,6 +38,11 @@ impl Cpu {
     /// A CPU backend with the given kernels.
     pub fn new(kernels: Kernels) -> Self {
         Cpu { kernels, ..Cpu::default() }
+    }
+
+    /// The same in another precision; dfdx's nodes stay f32.
+    pub fn with_precision(self, precision: Precision) -> Self {
+        Cpu { ws: self.ws.with_precision(precision), ..self }
     }
 
     fn on_dfdx(&self, node: &Node) -> bool {

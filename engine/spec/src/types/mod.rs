@@ -21,7 +21,7 @@ pub use evaluation::{Evaluation, Export, ExportFormat, Run};
 pub use model::{Ema, OwnText, Projection, ProjectionKind, Student, TextEncoder, TextOfTeacher, TextTower, Tower};
 pub use params::{Params, ParamsError};
 pub use teacher::{EmaTeacher, LoadTeacher, Teacher, TeacherKind, TeacherText, TrainTeacher};
-pub use training::{Checkpoint, LrSchedule, NonFinite, Optimizer, Training};
+pub use training::{Checkpoint, LrSchedule, NonFinite, Optimizer, Precision, Training};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};

@@ -41,6 +41,10 @@ pub struct Training {
     #[serde(default = "one")]
     #[schemars(range(min = 1, max = 65536))]
     pub accumulate: usize,
+    /// What linear layers and dense convolutions round their operands to. Weights, sums, norms, attention and losses stay
+    /// f32, and so do evaluations.
+    #[serde(default)]
+    pub precision: Precision,
     /// Greatest norm of the gradient of all parameters together; a greater one is scaled down.
     /// Absent: never scaled.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -56,6 +60,17 @@ pub struct Training {
     /// What happens when a loss or gradient is not finite.
     #[serde(default)]
     pub non_finite: NonFinite,
+}
+
+/// A floating-point format of products.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// 32 bits, nothing is rounded.
+    #[default]
+    F32,
+    /// bfloat16, 8 bits of mantissa: faster on CPUs with AVX512_BF16, correct but slower on others.
+    Bf16,
 }
 
 fn one() -> usize {

@@ -142,6 +142,7 @@ pub(super) fn training(steps: u64, batch_size: usize, accumulate: usize) -> Trai
         steps,
         batch_size,
         accumulate,
+        precision: mcpipe_spec::Precision::F32,
         clip_norm: None,
         log_every: 10,
         checkpoint: mcpipe_spec::Checkpoint { every_steps: 0, every_minutes: 0.0, keep: 2 },
