@@ -1,5 +1,4 @@
-//! Bilinear resize of [B, H, W, C], as torch's `F.interpolate(mode="bilinear", align_corners=False)`
-//! without antialiasing.
+//! Bilinear resize of [B, H, W, C], as torch's `F.interpolate(mode="bilinear")` without antialiasing.
 
 use rayon::prelude::*;
 
@@ -11,30 +10,54 @@ pub(crate) struct Tap {
     pub(crate) frac: f32,
 }
 
-/// Source of output position `o`: (o + ½)·in/out − ½, clamped at 0; the upper neighbour stays inside.
+/// Sizes of a resize.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Resize {
+    /// Images.
+    pub batch: usize,
+    /// Height.
+    pub h: usize,
+    /// Width.
+    pub w: usize,
+    /// Channels.
+    pub c: usize,
+    /// Height of the result.
+    pub oh: usize,
+    /// Width of the result.
+    pub ow: usize,
+    /// Whether the centres of the corner pixels stay where they are (torch's `align_corners`); else pixels are areas
+    /// whose outer edges do.
+    pub aligned: bool,
+}
+
+impl Resize {
+    fn check(&self, x: usize, y: usize) {
+        assert_eq!(x, self.batch * self.h * self.w * self.c, "x is [B, H, W, C]");
+        assert_eq!(y, self.batch * self.oh * self.ow * self.c, "y is [B, OH, OW, C]");
+    }
+}
+
+/// Source of output position `o`: (o + ½)·in/out − ½, clamped at 0, or if aligned o·(in − 1)/(out − 1); the upper
+/// neighbour stays inside.
 ///
 /// The position is computed in `f32` as torch does, so that both round to the same neighbours.
-pub(crate) fn tap(o: usize, input: usize, output: usize) -> Tap {
-    let scale = input as f32 / output as f32;
-    let source = (scale * (o as f32 + 0.5) - 0.5).max(0.0);
+pub(crate) fn tap(o: usize, input: usize, output: usize, aligned: bool) -> Tap {
+    let source = if aligned {
+        let scale = if output > 1 { (input - 1) as f32 / (output - 1) as f32 } else { 0.0 };
+        scale * o as f32
+    } else {
+        let scale = input as f32 / output as f32;
+        (scale * (o as f32 + 0.5) - 0.5).max(0.0)
+    };
     let low = (source as usize).min(input - 1);
     let high = if low + 1 < input { low + 1 } else { low };
     Tap { low, high, frac: source - low as f32 }
 }
 
 /// Resizes x [B, H, W, C] to y [B, OH, OW, C].
-pub fn resize_bilinear_forward(
-    batch: usize,
-    h: usize,
-    w: usize,
-    c: usize,
-    oh: usize,
-    ow: usize,
-    x: &[f32],
-    y: &mut [f32],
-) {
-    assert_eq!(x.len(), batch * h * w * c, "x is [B, H, W, C]");
-    assert_eq!(y.len(), batch * oh * ow * c, "y is [B, OH, OW, C]");
+pub fn resize_bilinear_forward(d: &Resize, x: &[f32], y: &mut [f32]) {
+    d.check(x.len(), y.len());
+    let Resize { h, w, c, oh, ow, aligned, .. } = *d;
     if y.is_empty() {
         return;
     }
@@ -43,9 +66,9 @@ pub fn resize_bilinear_forward(
     y.par_chunks_mut(ow * c).enumerate().for_each(|(row, y_wc)| {
         let (b, oy) = (row / oh, row % oh);
         let x_hwc = &x[b * image..(b + 1) * image];
-        let ty = tap(oy, h, oh);
+        let ty = tap(oy, h, oh, aligned);
         for (ox, y_c) in y_wc.chunks_exact_mut(c).enumerate() {
-            let tx = tap(ox, w, ow);
+            let tx = tap(ox, w, ow, aligned);
             let pixel = |iy: usize, ix: usize| &x_hwc[(iy * w + ix) * c..][..c];
             let (x00, x01) = (pixel(ty.low, tx.low), pixel(ty.low, tx.high));
             let (x10, x11) = (pixel(ty.high, tx.low), pixel(ty.high, tx.high));
@@ -59,19 +82,9 @@ pub fn resize_bilinear_forward(
 }
 
 /// VJP of [`resize_bilinear_forward`]: the transposed interpolation.
-pub fn resize_bilinear_backward(
-    batch: usize,
-    h: usize,
-    w: usize,
-    c: usize,
-    oh: usize,
-    ow: usize,
-    dy: &[f32],
-    dx: &mut [f32],
-    accumulate: bool,
-) {
-    assert_eq!(dx.len(), batch * h * w * c, "dx is [B, H, W, C]");
-    assert_eq!(dy.len(), batch * oh * ow * c, "dy is [B, OH, OW, C]");
+pub fn resize_bilinear_backward(d: &Resize, dy: &[f32], dx: &mut [f32], accumulate: bool) {
+    d.check(dx.len(), dy.len());
+    let Resize { h, w, c, oh, ow, aligned, .. } = *d;
     if dx.is_empty() {
         return;
     }
@@ -82,9 +95,9 @@ pub fn resize_bilinear_backward(
         }
         let dy_hwc = &dy[b * oh * ow * c..(b + 1) * oh * ow * c];
         for oy in 0..oh {
-            let ty = tap(oy, h, oh);
+            let ty = tap(oy, h, oh, aligned);
             for ox in 0..ow {
-                let tx = tap(ox, w, ow);
+                let tx = tap(ox, w, ow, aligned);
                 let dy_c = &dy_hwc[(oy * ow + ox) * c..][..c];
                 let corners = [
                     (ty.low, tx.low, (1.0 - ty.frac) * (1.0 - tx.frac)),

@@ -103,9 +103,10 @@ impl MemoryPlan {
                 What::Value(v) => drop(self.values.insert(v, slot)),
                 What::Grad(v) => drop(self.grads.insert(v, slot)),
                 What::Saved(v, i) => {
+                    // The longest of a node's saved tensors comes first here, whatever its place in the list.
                     let saved = self.saved.entry(v).or_default();
-                    debug_assert_eq!(saved.len(), i);
-                    saved.push(slot);
+                    saved.resize(saved.len().max(i + 1), slot);
+                    saved[i] = slot;
                 }
             }
         }

@@ -9,6 +9,7 @@ use mcpipe_cpu::linear::Linear;
 use mcpipe_cpu::loss::Contrastive;
 use mcpipe_cpu::norm::{GroupNorm, Norm};
 use mcpipe_cpu::pooling::Pool2d;
+use mcpipe_cpu::resize::Resize;
 use mcpipe_cpu::separable::SeparableAttention;
 
 use crate::fuse::FusedConv;
@@ -124,13 +125,8 @@ pub enum Op {
     AvgPool(Pool2d),
     /// Maximum over windows; saves the winners' positions.
     MaxPool(Pool2d),
-    /// Bilinear resize, half-pixel centres, no antialiasing (torch's `interpolate`, `align_corners=False`).
-    Resize {
-        /// Input dims.
-        from: Image,
-        /// Output height and width.
-        to: [usize; 2],
-    },
+    /// Bilinear resize, no antialiasing.
+    Resize(Resize),
     /// `table [V,width], ids (i32)` → `[len, width]`.
     Embedding {
         /// Row width.
@@ -268,7 +264,7 @@ impl Op {
             Op::GlobalAvgPool { .. } => "global_avg_pool",
             Op::AvgPool(_) => "avg_pool",
             Op::MaxPool(_) => "max_pool",
-            Op::Resize { .. } => "resize_bilinear",
+            Op::Resize(_) => "resize_bilinear",
             Op::Embedding { .. } => "embedding",
             Op::GatherRows { .. } => "gather_rows",
             Op::ConcatLast { .. } => "concat",
@@ -309,7 +305,7 @@ impl Op {
             | Op::GlobalAvgPool { .. }
             | Op::AvgPool(_)
             | Op::MaxPool(_)
-            | Op::Resize { .. }
+            | Op::Resize(_)
             | Op::ConcatLast { .. }
             | Op::PrependToken { .. }
             | Op::SliceRows { .. }
@@ -361,7 +357,7 @@ impl Op {
             Op::GlobalAvgPool { hw, .. } => n * *hw as u64,
             Op::SeparableAttention(d) => 4 * (d.batch * d.tokens * d.dim) as u64,
             Op::AvgPool(d) | Op::MaxPool(d) => n * (d.k * d.k) as u64,
-            Op::Resize { .. } => 7 * n,
+            Op::Resize(_) => 7 * n,
             Op::AttentionTransferMap { c, .. } => 2 * n * *c as u64,
             Op::Cosine { rows, c } | Op::KlRows { rows, c } => 4 * (rows * c) as u64,
             Op::L2Normalize { .. } | Op::Softmax { .. } => 4 * n,

@@ -62,6 +62,7 @@ const CASES: &[Case] = &[
     case("attention_causal", &[&[2, 5, 12]], |g, x| g.attention(&x[0], 2, true)),
     case("attention_map", &[&[2, 4, 12]], |g, x| g.attention_map(&x[0], 2, false)),
     case("separable_attention", &[&[2, 5, 7]], |g, x| g.separable_attention(&x[0])),
+    case("separable_attention_of_few_tokens", &[&[3, 2, 11]], |g, x| g.separable_attention(&x[0])),
     case("add", &[&[4, 3], &[4, 3]], |g, x| g.add(&x[0], &x[1])),
     case("add_to_itself", &[&[4, 3]], |g, x| g.add(&x[0], &x[0])),
     case("residuals", &[&[4, 3]], |g, x| {
@@ -90,6 +91,7 @@ const CASES: &[Case] = &[
     case("max_pool", &[&[1, 4, 5, 2]], |g, x| g.max_pool(&x[0], 3, 2, 1)),
     case("resize_up", &[&[2, 3, 4, 3]], |g, x| g.resize_bilinear(&x[0], 5, 6)),
     case("resize_down", &[&[2, 7, 6, 3]], |g, x| g.resize_bilinear(&x[0], 4, 3)),
+    case("resize_aligned", &[&[2, 3, 4, 3]], |g, x| g.resize_bilinear_aligned(&x[0], 4, 6)),
     case("embedding", &[&[6, 3]], |g, x| {
         let ids = g.int_input("ids", &[2, 3]);
         g.embedding(&x[0], &ids)

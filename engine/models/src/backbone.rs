@@ -35,6 +35,11 @@ pub const CLIP_MEAN: [f32; 3] = [0.481_454_66, 0.457_827_5, 0.408_210_73];
 /// OpenAI CLIP's standard deviation per channel.
 pub const CLIP_STD: [f32; 3] = [0.268_629_54, 0.261_302_6, 0.275_777_1];
 
+/// ImageNet's mean per channel.
+pub const IMAGENET_MEAN: [f32; 3] = [0.485, 0.456, 0.406];
+/// ImageNet's standard deviation per channel.
+pub const IMAGENET_STD: [f32; 3] = [0.229, 0.224, 0.225];
+
 /// What a tap holds for a batch of B images.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TapShape {

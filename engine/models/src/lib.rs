@@ -9,23 +9,33 @@
 //! A new image backbone is one file that implements [`Backbone`] and has an entry, and one line in `registry.rs`.
 
 mod backbone;
+mod efficientnet;
 mod error;
 pub mod export;
+mod mbconv;
+mod mobilenetv3;
 mod mobilevit;
+mod mobilevitv2;
 mod params;
 pub mod projection;
 mod registry;
+mod resnet;
 mod text;
 mod transformer;
 mod vit;
 pub mod weights;
 
 pub use backbone::{
-    Backbone, CLIP_MEAN, CLIP_STD, ImageOutputs, Interpolation, Naming, Preprocess, Tap, TapInfo, TapShape,
+    Backbone, CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, ImageOutputs, Interpolation, Naming, Preprocess, Tap,
+    TapInfo, TapShape,
 };
+pub use efficientnet::{EfficientNet, EfficientNetActivation, EfficientNetSizes};
 pub use error::ModelError;
+pub use mobilenetv3::{MobileNetV3, MobileNetV3Sizes};
 pub use mobilevit::{MobileVit, MobileVitSizes};
+pub use mobilevitv2::{MobileVitV2, MobileVitV2Sizes};
 pub use registry::{BackboneEntry, TextEncoderEntry, backbone, backbones, text_encoder, text_encoders};
+pub use resnet::{ResNet, ResNetSizes};
 pub use text::{TextEncoder, TextOutputs, TextSizes, TextTransformer, eot_positions};
 pub use transformer::MlpActivation;
 pub use vit::{Vit, VitSizes};

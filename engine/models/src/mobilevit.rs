@@ -3,12 +3,13 @@
 //!
 //! Shape suffixes: b batch, h and w height and width, c channels; p positions inside a patch, n patches.
 
-use mcpipe_graph::{Activation, BatchNormArgs, ConvArgs, GraphBuilder, Init, Path, Tensor};
+use mcpipe_graph::{Activation, ConvArgs, GraphBuilder, Init, Path, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::backbone::{Backbone, ImageOutputs, Interpolation, Naming, Preprocess, TapInfo, TapShape, Taps, image_side};
 use crate::error::ModelError;
+use crate::mbconv::conv_bn;
 use crate::params::{Sizes, decode, encode, positive, positive_factor, schema};
 use crate::registry::BackboneEntry;
 
@@ -138,19 +139,60 @@ const FIRST_TRANSFORMER_STAGE: usize = 2;
 const LN_EPS: f32 = 1e-5;
 
 /// `n · factor`, cut to an integer as timm does.
-fn scaled(n: usize, factor: f64) -> usize {
+pub(crate) fn scaled(n: usize, factor: f64) -> usize {
     (n as f64 * factor) as usize
 }
 
 /// Channels rounded to a multiple of 8, not below 90 % of `v` (MobileNetV2's rule, as timm's `make_divisible`).
-fn divisible_by_8(v: f64) -> usize {
+pub(crate) fn divisible_by_8(v: f64) -> usize {
     let rounded = (((v + 4.0) as usize) / 8 * 8).max(8);
     if (rounded as f64) < 0.9 * v { rounded + 8 } else { rounded }
 }
 
 /// Side of the map after a 3x3 convolution with padding 1.
-fn strided(side: usize, stride: usize) -> usize {
+pub(crate) fn strided(side: usize, stride: usize) -> usize {
     (side - 1) / stride + 1
+}
+
+/// Convolution, batch norm and activation at `{path}.conv` and `{path}.bn`.
+pub(crate) fn conv_norm_act(
+    g: &mut GraphBuilder,
+    path: &Path,
+    x: &Tensor,
+    conv: ConvArgs,
+    act: Activation,
+) -> Result<Tensor, ModelError> {
+    conv_bn(g, &path.at("conv"), &path.at("bn"), x, conv, act)
+}
+
+/// Inverted residual block (Sandler et al. 2018) to `out` channels: expand by a factor, depthwise, project; where the
+/// shape stays it is added to its input, dropped at a rate.
+pub(crate) fn inverted_residual(
+    g: &mut GraphBuilder,
+    path: &Path,
+    x_bhwc: &Tensor,
+    [out, stride]: [usize; 2],
+    expansion: f64,
+    drop_path: f32,
+) -> Result<Tensor, ModelError> {
+    let c_in = x_bhwc.shape()[3];
+    let mid = divisible_by_8(c_in as f64 * expansion);
+    let silu = Activation::Silu;
+    let y = conv_norm_act(g, &path.at("conv1_1x1"), x_bhwc, ConvArgs::new(mid, 1), silu)?;
+    let depthwise = ConvArgs::new(mid, 3).stride(stride).groups(mid);
+    let y = conv_norm_act(g, &path.at("conv2_kxk"), &y, depthwise, silu)?;
+    let residual = stride == 1 && c_in == out;
+    let project = path.at("conv3_1x1");
+    if residual {
+        // The block starts as the identity (Goyal et al. 2017, §5.1), as timm's does.
+        g.param(&project.at("bn.weight"), &[out], Init::Zeros)?;
+    }
+    let y = conv_norm_act(g, &project, &y, ConvArgs::new(out, 1), Activation::Identity)?;
+    if !residual {
+        return Ok(y);
+    }
+    let y = g.drop_path(&y, drop_path)?;
+    Ok(g.add(&y, x_bhwc)?)
 }
 
 /// A MobileViT.
@@ -183,43 +225,6 @@ impl MobileVit {
 
     fn patches(&self, side: usize) -> usize {
         side.div_ceil(self.sizes.patch_size)
-    }
-
-    /// Convolution, batch norm and activation at `{path}.conv` and `{path}.bn`.
-    fn conv_norm_act(
-        g: &mut GraphBuilder,
-        path: &Path,
-        x: &Tensor,
-        conv: ConvArgs,
-        act: Activation,
-    ) -> Result<Tensor, ModelError> {
-        let x = g.conv2d(&path.at("conv"), x, conv)?;
-        Ok(g.batch_norm(&path.at("bn"), &x, BatchNormArgs::new(act))?)
-    }
-
-    /// Inverted residual block (Sandler et al. 2018): expand, depthwise, project; added to its input where the shape stays.
-    fn inverted_residual(
-        &self,
-        g: &mut GraphBuilder,
-        path: &Path,
-        x_bhwc: &Tensor,
-        out: usize,
-        stride: usize,
-    ) -> Result<Tensor, ModelError> {
-        let c_in = x_bhwc.shape()[3];
-        let mid = divisible_by_8(c_in as f64 * self.sizes.expansion);
-        let silu = Activation::Silu;
-        let y = Self::conv_norm_act(g, &path.at("conv1_1x1"), x_bhwc, ConvArgs::new(mid, 1), silu)?;
-        let depthwise = ConvArgs::new(mid, 3).stride(stride).groups(mid);
-        let y = Self::conv_norm_act(g, &path.at("conv2_kxk"), &y, depthwise, silu)?;
-        let residual = stride == 1 && c_in == out;
-        let project = path.at("conv3_1x1");
-        if residual {
-            // The block starts as the identity (Goyal et al. 2017, §5.1), as timm's does.
-            g.param(&project.at("bn.weight"), &[out], Init::Zeros)?;
-        }
-        let y = Self::conv_norm_act(g, &project, &y, ConvArgs::new(out, 1), Activation::Identity)?;
-        if residual { Ok(g.add(&y, x_bhwc)?) } else { Ok(y) }
     }
 
     /// One pre-norm transformer layer.
@@ -266,7 +271,7 @@ impl MobileVit {
             self.sizes.transformer_depths[i - FIRST_TRANSFORMER_STAGE],
         );
         let (patch, silu) = ([self.sizes.patch_size; 2], Activation::Silu);
-        let y = Self::conv_norm_act(g, &path.at("conv_kxk"), x_bhwc, ConvArgs::new(channels, 3), silu)?;
+        let y = conv_norm_act(g, &path.at("conv_kxk"), x_bhwc, ConvArgs::new(channels, 3), silu)?;
         let y = g.conv2d(&path.at("conv_1x1"), &y, ConvArgs::new(width, 1))?;
         let whole = self.patches(side) * self.sizes.patch_size;
         let y = g.resize_bilinear(&y, whole, whole)?;
@@ -278,9 +283,9 @@ impl MobileVit {
         let y_bpnc = g.layer_norm(&path.at("norm"), &y_bpnc, LN_EPS)?;
         let y = g.fold_patches(&y_bpnc, whole, whole, patch)?;
         let y = g.resize_bilinear(&y, side, side)?;
-        let y = Self::conv_norm_act(g, &path.at("conv_proj"), &y, ConvArgs::new(channels, 1), silu)?;
+        let y = conv_norm_act(g, &path.at("conv_proj"), &y, ConvArgs::new(channels, 1), silu)?;
         let y = g.concat(x_bhwc, &y)?;
-        Self::conv_norm_act(g, &path.at("conv_fusion"), &y, ConvArgs::new(channels, 3), silu)
+        conv_norm_act(g, &path.at("conv_fusion"), &y, ConvArgs::new(channels, 3), silu)
     }
 }
 
@@ -359,13 +364,13 @@ impl Backbone for MobileVit {
         let side = image_side(self.name, image)?;
         let mut taps = Taps::new(self.name, taps, self.taps(side)?)?;
         let (s, silu) = (&self.sizes, Activation::Silu);
-        let mut x_bhwc = Self::conv_norm_act(g, &path.at("stem"), image, ConvArgs::new(s.stem, 3).stride(2), silu)?;
+        let mut x_bhwc = conv_norm_act(g, &path.at("stem"), image, ConvArgs::new(s.stem, 3).stride(2), silu)?;
         taps.add("stem", &x_bhwc);
         for i in 0..5 {
             let stage = path.at("stages").at(i);
             for j in 0..s.depths[i] {
                 let stride = if j == 0 { s.strides[i] } else { 1 };
-                x_bhwc = self.inverted_residual(g, &stage.at(j), &x_bhwc, s.channels[i], stride)?;
+                x_bhwc = inverted_residual(g, &stage.at(j), &x_bhwc, [s.channels[i], stride], s.expansion, 0.0)?;
             }
             if i >= FIRST_TRANSFORMER_STAGE {
                 let j = s.depths[i];
@@ -373,7 +378,7 @@ impl Backbone for MobileVit {
             }
             taps.add(&format!("stages.{i}"), &x_bhwc);
         }
-        let x_bhwc = Self::conv_norm_act(g, &path.at("final_conv"), &x_bhwc, ConvArgs::new(s.features, 1), silu)?;
+        let x_bhwc = conv_norm_act(g, &path.at("final_conv"), &x_bhwc, ConvArgs::new(s.features, 1), silu)?;
         taps.add("final_conv", &x_bhwc);
         let features = g.global_avg_pool(&x_bhwc)?;
         let embedding = match dim {

@@ -5,7 +5,7 @@ use schemars::{Schema, SchemaGenerator};
 use crate::backbone::Backbone;
 use crate::error::{ModelError, nearest};
 use crate::text::TextEncoder;
-use crate::{mobilevit, text, vit};
+use crate::{efficientnet, mobilenetv3, mobilevit, mobilevitv2, resnet, text, vit};
 
 /// A registered image backbone.
 #[derive(Clone, Copy, Debug)]
@@ -35,7 +35,26 @@ pub struct TextEncoderEntry {
     pub make: fn(&toml::Table) -> Result<Box<dyn TextEncoder>, ModelError>,
 }
 
-static BACKBONES: &[BackboneEntry] = &[mobilevit::XXS, mobilevit::XS, mobilevit::S, vit::VIT];
+static BACKBONES: &[BackboneEntry] = &[
+    mobilevit::XXS,
+    mobilevit::XS,
+    mobilevit::S,
+    mobilevitv2::HALF,
+    mobilevitv2::WHOLE,
+    mobilenetv3::SMALL_050,
+    mobilenetv3::SMALL_075,
+    mobilenetv3::SMALL_100,
+    mobilenetv3::LARGE_075,
+    mobilenetv3::LARGE_100,
+    efficientnet::B0,
+    efficientnet::B1,
+    efficientnet::B2,
+    efficientnet::B3,
+    efficientnet::LITE0,
+    resnet::R18,
+    resnet::R50,
+    vit::VIT,
+];
 
 static TEXT_ENCODERS: &[TextEncoderEntry] = &[text::TRANSFORMER];
 

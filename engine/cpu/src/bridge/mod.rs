@@ -32,6 +32,7 @@ use crate::linear::Linear;
 use crate::loss::Contrastive;
 use crate::norm::{GroupNorm, Norm};
 use crate::pooling::Pool2d;
+use crate::resize::Resize;
 use crate::separable::SeparableAttention;
 
 pub use tape::{Pullback, Real};
@@ -85,20 +86,7 @@ pub enum Op<'a> {
     /// x [B, H, W, C] → means of windows.
     AvgPool(Pool2d),
     /// x [B, H, W, C] → [B, OH, OW, C], bilinear.
-    Resize {
-        /// B.
-        batch: usize,
-        /// H.
-        h: usize,
-        /// W.
-        w: usize,
-        /// C.
-        c: usize,
-        /// Height of the result.
-        oh: usize,
-        /// Width of the result.
-        ow: usize,
-    },
+    Resize(Resize),
     /// x [B, H, W, C] → [B·P, N, C].
     Unfold(Patches),
     /// x [B·P, N, C] → [B, H, W, C].
@@ -358,7 +346,7 @@ pub fn run<E: Real>(op: &Op<'_>, inputs: &[&[E]], keep: bool) -> Result<Run<E>, 
         Op::GlobalAvgPool { batch, hw, c } => (nn::global_avg_pool(t, batch, hw, c), vec![]),
         Op::MaxPool(d) => (nn::max_pool(t, &d), vec![]),
         Op::AvgPool(d) => (nn::avg_pool(t, &d), vec![]),
-        Op::Resize { batch, h, w, c, oh, ow } => (nn::resize(t, [batch, h, w, c], [oh, ow]), vec![]),
+        Op::Resize(d) => (nn::resize(t, &d), vec![]),
         Op::Unfold(d) => (layout::unfold(t, &d), vec![]),
         Op::Fold(d) => (layout::fold(t, &d), vec![]),
         Op::Embedding { width, ids } => (layout::embedding(t, width, ids), vec![]),

@@ -12,7 +12,7 @@ use crate::gemm::Gemm;
 use crate::linear::Linear;
 use crate::norm::{GroupNorm, Norm};
 use crate::pooling::Pool2d;
-use crate::resize;
+use crate::resize::{self, Resize};
 use crate::separable::SeparableAttention;
 
 /// Square of the smallest norm that a row is divided by. Added under the root, where the kernels take a
@@ -253,19 +253,22 @@ fn add_bias<E: Real>(t: &Tape<E>, y: Mat<E>) -> Mat<E> {
 }
 
 /// The interpolation of one axis as a matrix [output, input].
-fn interpolation<E: Real>(input: usize, output: usize) -> Vec<E> {
+fn interpolation<E: Real>(input: usize, output: usize, aligned: bool) -> Vec<E> {
     let mut matrix = vec![0.0; output * input];
     for o in 0..output {
-        let tap = resize::tap(o, input, output);
+        let tap = resize::tap(o, input, output, aligned);
         matrix[o * input + tap.low] += 1.0 - f64::from(tap.frac);
         matrix[o * input + tap.high] += f64::from(tap.frac);
     }
     matrix.into_iter().map(num).collect()
 }
 
-pub(super) fn resize<E: Real>(t: &Tape<E>, [b, h, w, c]: [usize; 4], [oh, ow]: [usize; 2]) -> Flat<E> {
-    let down = t.values(interpolation(h, oh), (oh, h)).broadcast_like::<_, Axis<0>>(&(b, oh, h)).leaky_traced();
-    let across = t.values(interpolation(w, ow), (ow, w)).broadcast_like::<_, Axis<0>>(&(b * oh, ow, w)).leaky_traced();
+pub(super) fn resize<E: Real>(t: &Tape<E>, d: &Resize) -> Flat<E> {
+    let Resize { batch: b, h, w, c, oh, ow, aligned } = *d;
+    let down =
+        t.values(interpolation(h, oh, aligned), (oh, h)).broadcast_like::<_, Axis<0>>(&(b, oh, h)).leaky_traced();
+    let across =
+        t.values(interpolation(w, ow, aligned), (ow, w)).broadcast_like::<_, Axis<0>>(&(b * oh, ow, w)).leaky_traced();
     let rows = down.matmul(t.arg(0, (b, h, w * c)));
     flatten(across.matmul(rows.reshape_like(&(b * oh, w, c))))
 }

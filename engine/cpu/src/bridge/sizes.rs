@@ -60,7 +60,7 @@ pub(super) fn check<E>(op: &Op<'_>, inputs: &[&[E]]) -> Result<Sizes, BridgeErro
         }
         Op::GlobalAvgPool { batch, hw, c } => (vec![batch * hw * c], batch * c),
         Op::MaxPool(d) | Op::AvgPool(d) => (vec![pooled(&d).0], pooled(&d).1),
-        Op::Resize { batch, h, w, c, oh, ow } => (vec![batch * h * w * c], batch * oh * ow * c),
+        Op::Resize(d) => (vec![d.batch * d.h * d.w * d.c], d.batch * d.oh * d.ow * d.c),
         Op::Unfold(d) | Op::Fold(d) => (vec![image(&d)], image(&d)),
         Op::Embedding { width, ids } => {
             let rows = len(0) / width.max(1);

@@ -147,9 +147,7 @@ pub fn forward(op: &Op<'_>, inputs: &[Vec<f32>], ws: &mut Workspace) -> (Vec<f32
             pooling::max_pool_forward(&d, x(0), y_slice, &mut argmax);
         }
         Op::AvgPool(d) => pooling::avg_pool_forward(&d, x(0), y_slice),
-        Op::Resize { batch, h, w, c, oh, ow } => {
-            resize::resize_bilinear_forward(batch, h, w, c, oh, ow, x(0), y_slice);
-        }
+        Op::Resize(d) => resize::resize_bilinear_forward(&d, x(0), y_slice),
         Op::Unfold(d) => layout::unfold_patches(&d, x(0), y_slice, false),
         Op::Fold(d) => layout::fold_patches(&d, x(0), y_slice, false),
         Op::Embedding { width, ids } => embedding::embedding_forward(x(0), width, ids, y_slice),
@@ -266,9 +264,7 @@ pub fn backward(
             one(&mut |dx| pooling::max_pool_backward(&d, &argmax, dy, dx, a))
         }
         Op::AvgPool(d) => one(&mut |dx| pooling::avg_pool_backward(&d, dy, dx, a)),
-        Op::Resize { batch, h, w, c, oh, ow } => {
-            one(&mut |dx| resize::resize_bilinear_backward(batch, h, w, c, oh, ow, dy, dx, a))
-        }
+        Op::Resize(d) => one(&mut |dx| resize::resize_bilinear_backward(&d, dy, dx, a)),
         Op::Unfold(d) => one(&mut |dx| layout::fold_patches(&d, dy, dx, a)),
         Op::Fold(d) => one(&mut |dx| layout::unfold_patches(&d, dy, dx, a)),
         Op::Embedding { width, ids } => {

@@ -10,6 +10,7 @@ use mcpipe_cpu::linear::Linear;
 use mcpipe_cpu::loss::Contrastive;
 use mcpipe_cpu::norm::{GroupNorm, Norm};
 use mcpipe_cpu::pooling::Pool2d;
+use mcpipe_cpu::resize::Resize;
 use mcpipe_cpu::separable::SeparableAttention;
 
 use crate::harness::{Case, Fill};
@@ -88,7 +89,10 @@ pub fn cases(large: bool) -> Vec<Case> {
     }
     for (h, w, oh, ow) in [(3, 2, 5, 4), (5, 6, 2, 3), (4, 4, 8, 8), (1, 3, 4, 1)] {
         let (batch, c) = (2, size(2, 21));
-        all.push(case("resize", Op::Resize { batch, h, w, c, oh, ow }, &[(batch * h * w * c, U)]));
+        for aligned in [false, true] {
+            let d = Resize { batch, h, w, c, oh, ow, aligned };
+            all.push(case("resize", Op::Resize(d), &[(batch * h * w * c, U)]));
+        }
     }
     for (h, w, ph, pw) in [(4, 4, 2, 2), (6, 4, 3, 2), (2, 3, 1, 3)] {
         let d = Patches { batch: 3, h, w, c: size(2, 23), ph, pw };

@@ -5,24 +5,31 @@ use mcpipe_cpu::activation::{Activation, activation_backward, activation_forward
 use mcpipe_cpu::layout::{Patches, unfold_patches};
 use mcpipe_cpu::norm::{Norm, batch_norm_train_forward, batch_norm_update_running};
 use mcpipe_cpu::pooling::{Pool2d, max_pool_backward, max_pool_forward};
-use mcpipe_cpu::resize::resize_bilinear_forward;
+use mcpipe_cpu::resize::{Resize, resize_bilinear_forward};
 use mcpipe_cpu::softmax::{log_softmax_rows_forward, softmax_rows_forward};
 use mcpipe_cpu::{Workspace, loss, optim};
 
 #[test]
 fn resize_gives_torchs_values() {
+    let sizes = |h, w, oh, ow| Resize { batch: 1, h, w, c: 1, oh, ow, aligned: false };
     let mut y = [0.0; 4];
-    resize_bilinear_forward(1, 1, 2, 1, 1, 4, &[1.0, 2.0], &mut y);
+    resize_bilinear_forward(&sizes(1, 2, 1, 4), &[1.0, 2.0], &mut y);
     assert_eq!(y, [1.0, 1.25, 1.75, 2.0]);
     let mut y = [0.0; 9];
-    resize_bilinear_forward(1, 2, 2, 1, 3, 3, &[1.0, 2.0, 3.0, 4.0], &mut y);
+    resize_bilinear_forward(&sizes(2, 2, 3, 3), &[1.0, 2.0, 3.0, 4.0], &mut y);
     for (got, want) in y.iter().zip([1.0, 1.5, 2.0, 2.0, 2.5, 3.0, 3.0, 3.5, 4.0]) {
         assert!((got - want).abs() < 1e-6, "{y:?}");
     }
     // Downscaling without antialiasing reads the two middle pixels.
     let mut y = [0.0; 1];
-    resize_bilinear_forward(1, 1, 4, 1, 1, 1, &[10.0, 1.0, 3.0, 10.0], &mut y);
+    resize_bilinear_forward(&sizes(1, 4, 1, 1), &[10.0, 1.0, 3.0, 10.0], &mut y);
     assert_eq!(y, [2.0]);
+    // Corners aligned: evenly from the first centre to the last; one pixel is the first.
+    let mut y = [0.0; 5];
+    resize_bilinear_forward(&Resize { aligned: true, ..sizes(1, 3, 1, 5) }, &[1.0, 2.0, 6.0], &mut y);
+    assert_eq!(y, [1.0, 1.5, 2.0, 4.0, 6.0]);
+    resize_bilinear_forward(&Resize { aligned: true, ..sizes(1, 3, 1, 1) }, &[1.0, 2.0, 6.0], &mut y[..1]);
+    assert_eq!(y[0], 1.0);
 }
 
 #[test]

@@ -103,7 +103,7 @@ fn nan_reaches_every_output_that_depends_on_it() {
         // mask hides or what has no weight.
         let reads_less = match case.op {
             Op::Attention(d) | Op::AttentionMap(d) => d.causal,
-            Op::Resize { .. } => true,
+            Op::Resize(_) => true,
             Op::Conv2d(d) => d.pad > 0,
             _ => false,
         };

@@ -162,9 +162,7 @@ impl Backend for Cpu {
                 let winners = &mut saved[0][..y.len()];
                 pooling::max_pool_forward(d, x(0), y, winners);
             }
-            Op::Resize { from, to } => {
-                resize::resize_bilinear_forward(from.batch, from.h, from.w, from.c, to[0], to[1], x(0), y);
-            }
+            Op::Resize(d) => resize::resize_bilinear_forward(d, x(0), y),
             Op::Embedding { width } => embedding::embedding_forward(x(0), *width, io.ins[1].ids(), y),
             Op::GatherRows { batch, tokens, width } => {
                 embedding::gather_rows_forward(*batch, *tokens, *width, io.ins[1].ids(), x(0), y);

@@ -38,9 +38,7 @@ pub(super) fn run(op: &Op, ins: &[Arg<'_, Cpu>], keep: bool) -> Result<Run<f32>,
         Op::GlobalAvgPool { batch, hw, c } => Dfdx::GlobalAvgPool { batch: *batch, hw: *hw, c: *c },
         Op::MaxPool(d) => Dfdx::MaxPool(*d),
         Op::AvgPool(d) => Dfdx::AvgPool(*d),
-        Op::Resize { from, to } => {
-            Dfdx::Resize { batch: from.batch, h: from.h, w: from.w, c: from.c, oh: to[0], ow: to[1] }
-        }
+        Op::Resize(d) => Dfdx::Resize(*d),
         Op::Embedding { width } => Dfdx::Embedding { width: *width, ids },
         Op::GatherRows { tokens, width, .. } => Dfdx::GatherRows { tokens: *tokens, width: *width, index: ids },
         Op::ConcatLast { rows, ca, cb } => Dfdx::ConcatLast { rows: *rows, ca: *ca, cb: *cb },

@@ -2,6 +2,7 @@
 
 use mcpipe_cpu::conv::Conv2d;
 use mcpipe_cpu::pooling::Pool2d;
+use mcpipe_cpu::resize::Resize;
 
 use super::{ConvArgs, GraphBuilder, Path};
 use crate::graph::{GraphError, Tensor};
@@ -98,13 +99,26 @@ impl GraphBuilder {
     /// # Errors
     /// Not an image, or an empty size.
     pub fn resize_bilinear(&mut self, x: &Tensor, h: usize, w: usize) -> Result<Tensor, GraphError> {
-        let from = self.image("resize_bilinear", x)?;
-        if h == 0 || w == 0 {
-            return Err(self.refuse("resize_bilinear", &[x], "the target is empty"));
+        self.resize(x, [h, w], false)
+    }
+
+    /// The same with the centres of the corner pixels kept in place (torch's `align_corners`).
+    ///
+    /// # Errors
+    /// As [`resize_bilinear`](Self::resize_bilinear).
+    pub fn resize_bilinear_aligned(&mut self, x: &Tensor, h: usize, w: usize) -> Result<Tensor, GraphError> {
+        self.resize(x, [h, w], true)
+    }
+
+    fn resize(&mut self, x: &Tensor, [oh, ow]: [usize; 2], aligned: bool) -> Result<Tensor, GraphError> {
+        let i = self.image("resize_bilinear", x)?;
+        if oh == 0 || ow == 0 || i.h == 0 || i.w == 0 {
+            return Err(self.refuse("resize_bilinear", &[x], "an image without pixels"));
         }
-        if [from.h, from.w] == [h, w] {
+        if [i.h, i.w] == [oh, ow] {
             return Ok(x.clone());
         }
-        Ok(self.op(Op::Resize { from, to: [h, w] }, &[x], vec![from.batch, h, w, from.c]))
+        let d = Resize { batch: i.batch, h: i.h, w: i.w, c: i.c, oh, ow, aligned };
+        Ok(self.op(Op::Resize(d), &[x], vec![i.batch, oh, ow, i.c]))
     }
 }

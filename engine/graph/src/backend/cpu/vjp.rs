@@ -210,9 +210,7 @@ fn vjp_simple<'a>(
         Op::GlobalAvgPool { batch, hw, c } => pooling::global_avg_pool_backward(*batch, *hw, *c, dy, dx, add),
         Op::AvgPool(d) => pooling::avg_pool_backward(d, dy, dx, add),
         Op::MaxPool(d) => pooling::max_pool_backward(d, &saved[0][..dy.len()], dy, dx, add),
-        Op::Resize { from, to } => {
-            resize::resize_bilinear_backward(from.batch, from.h, from.w, from.c, to[0], to[1], dy, dx, add);
-        }
+        Op::Resize(d) => resize::resize_bilinear_backward(d, dy, dx, add),
         Op::Embedding { width } => {
             if !add {
                 dx.fill(0.0);
