@@ -19,6 +19,7 @@ pub mod pooling;
 mod reduce;
 pub mod reference;
 pub mod resize;
+pub mod separable;
 pub mod simd;
 mod small_gemm;
 pub mod softmax;

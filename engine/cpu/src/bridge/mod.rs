@@ -30,8 +30,9 @@ use crate::gemm::Gemm;
 use crate::layout::Patches;
 use crate::linear::Linear;
 use crate::loss::Contrastive;
-use crate::norm::Norm;
+use crate::norm::{GroupNorm, Norm};
 use crate::pooling::Pool2d;
+use crate::separable::SeparableAttention;
 
 pub use tape::{Pullback, Real};
 
@@ -62,10 +63,14 @@ pub enum Op<'a> {
     },
     /// x [R, C], γ, β → layer norm of each row; saves mean and rstd of the rows.
     LayerNorm(Norm),
+    /// x [B, R, C], γ, β → norm of each of the B parts, γ and β per channel; saves mean and rstd of the parts.
+    GroupNorm(GroupNorm),
     /// qkv [B, T, 3, H, D] → [B, T, H·D]; saves the probabilities [B, H, T, T].
     Attention(Attention),
     /// qkv [B, T, 3, H, D] → probabilities [B, H, T, T].
     AttentionMap(Attention),
+    /// qkv [B, N, 1 + 2·D] → [B, N, D]; saves the weights [B, N] and the context [B, D].
+    SeparableAttention(SeparableAttention),
     /// x [B, HW, C] → [B, C].
     GlobalAvgPool {
         /// B.
@@ -170,6 +175,13 @@ pub enum Op<'a> {
         hw: usize,
         /// C.
         c: usize,
+    },
+    /// x [B, len], constant m \[B\] → x·m.
+    ScaleSamples {
+        /// B.
+        batch: usize,
+        /// Values of a sample.
+        len: usize,
     },
     /// x [R, C] → rows of unit norm; saves the norms.
     L2Normalize {
@@ -339,8 +351,10 @@ pub fn run<E: Real>(op: &Op<'_>, inputs: &[&[E]], keep: bool) -> Result<Run<E>, 
         Op::BatchNorm { dims, act } => nn::batch_norm(t, &dims, act),
         Op::BatchNormEval { dims, act } => (nn::batch_norm_eval(t, &dims, act), vec![]),
         Op::LayerNorm(dims) => nn::layer_norm(t, &dims),
+        Op::GroupNorm(dims) => nn::group_norm(t, &dims),
         Op::Attention(d) => nn::attention(t, &d),
         Op::AttentionMap(d) => (nn::attention_map(t, &d), vec![]),
+        Op::SeparableAttention(d) => nn::separable_attention(t, &d),
         Op::GlobalAvgPool { batch, hw, c } => (nn::global_avg_pool(t, batch, hw, c), vec![]),
         Op::MaxPool(d) => (nn::max_pool(t, &d), vec![]),
         Op::AvgPool(d) => (nn::avg_pool(t, &d), vec![]),
@@ -361,6 +375,7 @@ pub fn run<E: Real>(op: &Op<'_>, inputs: &[&[E]], keep: bool) -> Result<Run<E>, 
         Op::Scale(factor) => (t.flat(0) * E::of_f64(f64::from(factor)), vec![]),
         Op::Exp => (t.flat(0).exp(), vec![]),
         Op::ChannelScale { batch, hw, c } => (nn::channel_scale(t, batch, hw, c), vec![]),
+        Op::ScaleSamples { batch, len } => (nn::scale_samples(t, batch, len), vec![]),
         Op::L2Normalize { rows, c } => nn::l2_normalize(t, rows, c),
         Op::Softmax { rows, c, temperature } => (nn::softmax(t, rows, c, temperature), vec![]),
         Op::LogSoftmax { rows, c, temperature } => (nn::log_softmax(t, rows, c, temperature), vec![]),
