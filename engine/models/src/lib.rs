@@ -26,7 +26,8 @@ mod vit;
 pub mod weights;
 
 pub use backbone::{
-    Backbone, CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, ImageOutputs, Interpolation, Naming, Preprocess, Tap, TapInfo, TapShape,
+    Backbone, CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, ImageOutputs, Interpolation, Naming, Preprocess, Tap,
+    TapInfo, TapShape,
 };
 pub use convnext::{ConvNext, ConvNextSizes};
 pub use error::ModelError;
