@@ -47,7 +47,7 @@ fn formula(name: &str, shape: &[usize]) -> Vec<f32> {
         if name.ends_with("running_var") {
             1.0 + 0.3 * v
         } else if name.ends_with("gamma") {
-            0.5 + 0.2 * v
+            0.2 + 0.1 * v
         } else if shape.len() >= 2 {
             bound * v
         } else if name.ends_with("weight") {

@@ -133,8 +133,9 @@ pub struct FastVit {
 impl FastVit {
     fn boxed(name: &'static str, defaults: &FastVitSizes, set: &toml::Table) -> Result<Box<dyn Backbone>, ModelError> {
         let sizes: FastVitSizes = decode(name, defaults, set)?;
-        // The folded form is published as much as the one that it is made from.
-        let published = FastVitSizes { reparam: false, ..sizes.clone() } == *defaults;
+        // How it is trained changes no shape, and timm makes the folded form under the same name.
+        let (layer_scale, drop_path) = (defaults.layer_scale, defaults.drop_path);
+        let published = FastVitSizes { reparam: false, layer_scale, drop_path, ..sizes.clone() } == *defaults;
         Ok(Box::new(FastVit { name, sizes, published }))
     }
 
