@@ -5,7 +5,7 @@ use schemars::{Schema, SchemaGenerator};
 use crate::backbone::Backbone;
 use crate::error::{ModelError, nearest};
 use crate::text::TextEncoder;
-use crate::{efficientnet, mobilenetv3, mobilevit, mobilevitv2, resnet, text, vit};
+use crate::{convnext, efficientnet, fastvit, mobilenetv3, mobilevit, mobilevitv2, resnet, text, vit};
 
 /// A registered image backbone.
 #[derive(Clone, Copy, Debug)]
@@ -54,6 +54,17 @@ static BACKBONES: &[BackboneEntry] = &[
     resnet::R18,
     resnet::R50,
     vit::VIT,
+    convnext::ATTO,
+    convnext::FEMTO,
+    convnext::PICO,
+    convnext::NANO,
+    convnext::TINY,
+    fastvit::MCI0,
+    fastvit::MCI1,
+    fastvit::MCI2,
+    vit::TINY,
+    vit::SMALL,
+    vit::BASE,
 ];
 
 static TEXT_ENCODERS: &[TextEncoderEntry] = &[text::TRANSFORMER];
