@@ -80,7 +80,7 @@ pub(crate) fn path_prefix(path: &str) -> String {
 }
 
 /// Whether a tensor can stand for a parameter. A scalar may be written with or without an axis.
-fn same_shape(a: &[usize], b: &[usize]) -> bool {
+pub(super) fn same_shape(a: &[usize], b: &[usize]) -> bool {
     a == b || (a.iter().product::<usize>() == 1 && b.iter().product::<usize>() == 1 && a.len() <= 1 && b.len() <= 1)
 }
 
