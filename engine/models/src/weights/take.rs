@@ -38,7 +38,7 @@ pub struct Target<'a> {
 }
 
 /// Which tensors of a file become which parameters, found without reading a value.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Takeover {
     items: Vec<Item>,
     /// Parameters that are initialised anew, by their names in the store.
@@ -111,7 +111,7 @@ impl Checkpoint {
         let layers = options
             .inherit
             .then(|| (Layers::of(in_file.iter().map(|(_, n)| n.as_str())), Layers::of(params.iter().map(|(_, n)| *n))));
-        let mut takeover = Takeover { items: Vec::new(), left: Vec::new(), changed: Vec::new() };
+        let mut takeover = Takeover::default();
         let mut mismatch = Mismatch::default();
         let mut hints: BTreeSet<&str> = BTreeSet::new();
         for (param, name) in &params {
