@@ -79,7 +79,7 @@ fn take(
 
 fn mismatch(result: Result<Taken, WeightsError>) -> mcpipe_models::weights::Mismatch {
     match result {
-        Err(WeightsError::Mismatch { mismatch, .. }) => mismatch,
+        Err(WeightsError::Mismatch { mismatch, .. }) => *mismatch,
         other => panic!("{other:?}"),
     }
 }

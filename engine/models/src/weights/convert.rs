@@ -44,7 +44,10 @@ pub fn convert<'c>(
     if let Some(backbone) = options.backbone {
         let fit = fit(checkpoint, backbone).map_err(|e| WeightsError::Export(e.to_string()))?;
         if !fit.is_exact() {
-            return Err(WeightsError::Mismatch { path: checkpoint.path().to_owned(), mismatch: fit.mismatch });
+            return Err(WeightsError::Mismatch {
+                path: checkpoint.path().to_owned(),
+                mismatch: Box::new(fit.mismatch),
+            });
         }
     }
     let (from, to) = match options.form {

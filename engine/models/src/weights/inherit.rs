@@ -101,6 +101,7 @@ pub(super) fn select(values: &[f32], shape: &[usize], kept: &[Vec<usize>]) -> Ve
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)] // a panic is how a test fails
 mod tests {
     use super::*;
 

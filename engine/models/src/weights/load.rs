@@ -116,7 +116,7 @@ impl Checkpoint {
             }
         }
         if !mismatch.is_empty() {
-            return Err(WeightsError::Mismatch { path: self.path().to_owned(), mismatch });
+            return Err(WeightsError::Mismatch { path: self.path().to_owned(), mismatch: Box::new(mismatch) });
         }
         let taken = values.len();
         let read = values.into_iter().map(|(name, target)| Ok((target, self.values(name)?)));

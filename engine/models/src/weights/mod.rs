@@ -84,7 +84,7 @@ pub enum WeightsError {
         /// File.
         path: PathBuf,
         /// Everything that does not fit.
-        mismatch: Mismatch,
+        mismatch: Box<Mismatch>,
     },
     /// A pattern that names no parameter of the model.
     #[error("the pattern `{pattern}` names no parameter of the model that is to take {}", .path.display())]

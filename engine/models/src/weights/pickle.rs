@@ -9,6 +9,8 @@ use std::collections::HashMap;
 use super::element::Element;
 use super::globals::Callable;
 
+mod objects;
+
 /// Why a pickle is not read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Fault {
@@ -188,7 +190,7 @@ impl<'a> Machine<'a> {
     }
 
     /// The values above the last mark.
-    fn to_mark(&mut self) -> Result<Vec<Id>, Fault> {
+    fn pop_to_mark(&mut self) -> Result<Vec<Id>, Fault> {
         match self.marks.pop() {
             Some(height) => Ok(self.stack.split_off(height)),
             None => self.broken("a mark is missing"),
@@ -261,7 +263,7 @@ impl<'a> Machine<'a> {
                     }
                 }
                 b'1' => {
-                    self.to_mark()?;
+                    self.pop_to_mark()?;
                 }
                 b'2' => {
                     let top = self.top()?;
@@ -331,15 +333,15 @@ impl<'a> Machine<'a> {
                     self.push(Node::Tuple(items))?;
                 }
                 b't' => {
-                    let items = self.to_mark()?;
+                    let items = self.pop_to_mark()?;
                     self.push(Node::Tuple(items))?;
                 }
                 b'l' => {
-                    let items = self.to_mark()?;
+                    let items = self.pop_to_mark()?;
                     self.push(Node::List(items))?;
                 }
                 b'd' => {
-                    let items = self.to_mark()?;
+                    let items = self.pop_to_mark()?;
                     self.push(Node::Dict(Vec::new()))?;
                     self.set_items(items)?;
                 }
@@ -348,7 +350,7 @@ impl<'a> Machine<'a> {
                     self.append(vec![item])?;
                 }
                 b'e' => {
-                    let items = self.to_mark()?;
+                    let items = self.pop_to_mark()?;
                     self.append(items)?;
                 }
                 b's' => {
@@ -357,15 +359,15 @@ impl<'a> Machine<'a> {
                     self.set_items(vec![key, value])?;
                 }
                 b'u' => {
-                    let items = self.to_mark()?;
+                    let items = self.pop_to_mark()?;
                     self.set_items(items)?;
                 }
                 // ADDITEMS to a set, a frozen set: no weight lies in one.
                 0x90 => {
-                    self.to_mark()?;
+                    self.pop_to_mark()?;
                 }
                 0x91 => {
-                    self.to_mark()?;
+                    self.pop_to_mark()?;
                     self.push(Node::Inert)?;
                 }
                 b'h' => {
@@ -454,129 +456,5 @@ impl<'a> Machine<'a> {
             _ => return self.broken("keys and values for a value that is no dict"),
         }
         Ok(())
-    }
-
-    fn global(&mut self, module: &str, name: &str) -> Result<(), Fault> {
-        match Callable::known(module, name) {
-            Some(callable) => self.push(Node::Callable(callable)),
-            None => self.refuse(format!(
-                "the file asks for `{}.{}`; nothing of a checkpoint is executed, and only tensors and plain values \
-                 are read",
-                module.escape_debug(),
-                name.escape_debug()
-            )),
-        }
-    }
-
-    fn items(&self, id: Id, of: &str) -> Result<&[Id], Fault> {
-        match self.node(id) {
-            Node::Tuple(items) => Ok(items),
-            _ => self.broken(format!("{of} without arguments")),
-        }
-    }
-
-    fn call(&mut self, callable: Id, arguments: Id) -> Result<(), Fault> {
-        let what = match self.node(callable) {
-            Node::Callable(what) => *what,
-            // What an inert class gives may be called; it stays inert.
-            Node::Inert => return self.push(Node::Inert),
-            _ => return self.broken("a value that is called is no function"),
-        };
-        let items = self.items(arguments, "a call")?.to_vec();
-        match (what, &items[..]) {
-            (Callable::Inert, _) => self.push(Node::Inert),
-            (Callable::Dict, []) => self.push(Node::Dict(Vec::new())),
-            (Callable::Dict, &[pairs, ..]) => {
-                let pairs = self.pairs(pairs)?;
-                self.copy(pairs.len())?;
-                self.push(Node::Dict(pairs))
-            }
-            (Callable::RebuildTensor, &[storage, offset, shape, strides, ..]) => {
-                self.copy(MAX_AXES)?;
-                let tensor = self.tensor(storage, offset, shape, strides)?;
-                self.push(Node::Tensor(Box::new(tensor)))
-            }
-            // A parameter is its tensor; a subclass's tensor is made by the function that comes first.
-            (Callable::RebuildParameter, &[tensor, ..]) => {
-                self.stack.push(tensor);
-                Ok(())
-            }
-            (Callable::RebuildFromType, &[function, _, arguments, ..]) => match self.node(function) {
-                Node::Callable(Callable::RebuildFromType) => self.broken("a tensor's type within a tensor's type"),
-                _ => self.call(function, arguments),
-            },
-            _ => self.broken(format!("{what:?} with {} arguments", items.len())),
-        }
-    }
-
-    /// The keys and values of `OrderedDict([[key, value], …])`.
-    fn pairs(&self, id: Id) -> Result<Vec<(Id, Id)>, Fault> {
-        let list = match self.node(id) {
-            Node::List(list) | Node::Tuple(list) => list,
-            Node::Dict(pairs) => return Ok(pairs.clone()),
-            _ => return self.broken("a dict of something that is no list"),
-        };
-        let pair = |&id: &Id| match self.node(id) {
-            Node::List(pair) | Node::Tuple(pair) if pair.len() == 2 => Ok((pair[0], pair[1])),
-            _ => self.broken("a dict of items that are no pairs"),
-        };
-        list.iter().map(pair).collect()
-    }
-
-    fn size(&self, id: Id) -> Result<usize, Fault> {
-        match self.node(id) {
-            Node::Int(n) => usize::try_from(*n).or_else(|_| self.broken(format!("a size of {n}"))),
-            _ => self.broken("a size that is no integer"),
-        }
-    }
-
-    fn sizes(&self, id: Id) -> Result<Vec<usize>, Fault> {
-        let items = self.items(id, "a shape")?;
-        if items.len() > MAX_AXES {
-            return self.broken(format!("a tensor of {} axes", items.len()));
-        }
-        items.iter().map(|&id| self.size(id)).collect()
-    }
-
-    fn tensor(&self, storage: Id, offset: Id, shape: Id, strides: Id) -> Result<Tensor<'a>, Fault> {
-        let Node::Storage(storage) = self.node(storage) else {
-            return self.broken("a tensor without a storage");
-        };
-        Ok(Tensor {
-            storage: (**storage).clone(),
-            offset: self.size(offset)?,
-            shape: self.sizes(shape)?,
-            strides: self.sizes(strides)?,
-        })
-    }
-
-    /// `("storage", type, key, location, length)`, with `(key, offset, length)` or None behind it in old files.
-    fn persistent(&mut self, id: Id) -> Result<(), Fault> {
-        let items = self.items(id, "a persistent value")?;
-        let &[kind, class, key, _, len, ref view @ ..] = items else {
-            return self.broken(format!("a persistent value of {} parts", items.len()));
-        };
-        match self.node(kind) {
-            Node::Text("storage") => {}
-            Node::Text(kind) => return self.refuse(format!("a persistent `{}`", kind.escape_debug())),
-            _ => return self.broken("a persistent value of no kind"),
-        }
-        let (&Node::Callable(Callable::Storage(element)), &Node::Text(key)) = (self.node(class), self.node(key)) else {
-            return self.broken("a storage without type or key");
-        };
-        let whole = self.size(len)?;
-        let mut storage = Storage { element, key, offset: 0, len: whole, whole };
-        if let Some(&view) = view.first()
-            && !matches!(self.node(view), Node::None)
-        {
-            let &[_, offset, len] = self.items(view, "a view of a storage")? else {
-                return self.broken("a view of a storage is no triple");
-            };
-            (storage.offset, storage.len) = (self.size(offset)?, self.size(len)?);
-            if storage.offset.checked_add(storage.len).is_none_or(|end| end > whole) {
-                return self.broken("a view reaches beyond its storage");
-            }
-        }
-        self.push(Node::Storage(Box::new(storage)))
     }
 }

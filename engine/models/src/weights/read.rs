@@ -271,6 +271,7 @@ fn read_safetensors(file: &[u8], metadata: &mut HashMap<String, String>) -> Resu
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)] // a panic is how a test fails
 mod tests {
     use super::*;
 

@@ -75,6 +75,7 @@ pub(super) fn grid_prefix(old: usize, new: usize) -> Option<usize> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)] // a panic is how a test fails
 mod tests {
     use std::path::Path;
 

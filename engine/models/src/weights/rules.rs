@@ -137,6 +137,7 @@ pub(super) fn apply(rules: &[Rule], tensors: Slots) -> Result<Slots, String> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)] // a panic is how a test fails
 mod tests {
     use super::super::element::Element;
     use super::*;

@@ -172,7 +172,7 @@ impl Checkpoint {
             return Ok(takeover);
         }
         mismatch.hints = hints.into_iter().map(str::to_owned).collect();
-        Err(WeightsError::Mismatch { path: self.path().to_owned(), mismatch })
+        Err(WeightsError::Mismatch { path: self.path().to_owned(), mismatch: Box::new(mismatch) })
     }
 
     /// Reads what was planned: a store of the parameters that are taken, in the order of `target`.
