@@ -45,6 +45,9 @@ pub enum Command {
     /// Check and index data sets.
     #[command(subcommand)]
     Data(DataCommand),
+    /// Look into weight files and convert them.
+    #[command(subcommand)]
+    Weights(WeightsCommand),
 }
 
 /// The pipeline file and what is changed in it.
@@ -241,4 +244,71 @@ pub struct DataIndexArgs {
     /// Form of the output.
     #[arg(long, value_enum, default_value_t)]
     pub format: Format,
+}
+
+/// `mcpipe weights`.
+#[derive(Debug, Subcommand)]
+pub enum WeightsCommand {
+    /// Show what a weight file holds: tensors, how they are wrapped, which backbone they fit.
+    ///
+    /// FILE is a safetensors file or a PyTorch checkpoint (.pt, .pth, .bin; zip or older, also gzipped), known by its
+    /// content. Nothing in it is executed.
+    Inspect(InspectArgs),
+    /// Write the tensors of a weight file as safetensors, under the names of timm or open_clip.
+    Convert(ConvertArgs),
+}
+
+/// `mcpipe weights inspect`.
+#[derive(Debug, Args)]
+pub struct InspectArgs {
+    /// Weight file.
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+    /// Form of the output.
+    #[arg(long, value_enum, default_value_t)]
+    pub format: Format,
+}
+
+/// Whose names are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[value(rename_all = "snake_case")]
+pub enum NamesArg {
+    /// The image trunk alone, for `timm.create_model`.
+    Timm,
+    /// Trunk under `visual.`, with the text tower and logit scale that the file holds.
+    OpenClip,
+}
+
+/// Element type of written weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum DtypeArg {
+    /// Single precision.
+    F32,
+    /// Half precision.
+    F16,
+    /// The upper half of single precision.
+    Bf16,
+}
+
+/// `mcpipe weights convert`.
+#[derive(Debug, Args)]
+pub struct ConvertArgs {
+    /// Weight file, as for `inspect`.
+    #[arg(value_name = "IN")]
+    pub input: PathBuf,
+    /// Safetensors file to write.
+    #[arg(value_name = "OUT")]
+    pub output: PathBuf,
+    /// Whose names [default: the file's, without wrappers].
+    #[arg(long, value_enum)]
+    pub to: Option<NamesArg>,
+    /// Check that the image tower is exactly this backbone (see `mcpipe list backbone`).
+    #[arg(long, value_name = "NAME")]
+    pub backbone: Option<String>,
+    /// Keep only the names that a pattern fits, `*` for any characters; may be given again.
+    #[arg(long, value_name = "PATTERN")]
+    pub include: Vec<String>,
+    /// Type of the weights [default: the file's].
+    #[arg(long, value_enum)]
+    pub dtype: Option<DtypeArg>,
 }

@@ -15,7 +15,7 @@ use clap::Parser;
 use mcpipe_run::RunError;
 use mcpipe_spec::Style;
 
-use args::{Cli, Command, DataCommand};
+use args::{Cli, Command, DataCommand, WeightsCommand};
 
 /// Exit code of a failure, a bug in the program included.
 const FAILED: u8 = 1;
@@ -58,6 +58,8 @@ fn dispatch(cli: &Cli) -> Result<u8, RunError> {
         Command::List(args) => commands::list::list(args),
         Command::Data(DataCommand::Check(args)) => commands::data::check(args),
         Command::Data(DataCommand::Index(args)) => commands::data::index(args),
+        Command::Weights(WeightsCommand::Inspect(args)) => commands::weights::inspect(args),
+        Command::Weights(WeightsCommand::Convert(args)) => commands::weights::convert(args),
     }
 }
 

@@ -13,6 +13,7 @@ mod describe;
 pub mod draw;
 mod error;
 mod hash;
+mod initial;
 mod pipeline;
 pub mod plan;
 mod progress;

@@ -10,6 +10,7 @@ use mcpipe_train::{ImageTower, StudentShape, TeacherShape, Term, TextTower, Towe
 
 use crate::assemble::read_weights;
 use crate::error::RunError;
+use crate::initial;
 use crate::plan::{LinkError, Plan};
 use crate::resolve::models::image_path;
 use crate::resolve::{EvalData, EvalSource, Models, StudentText, TextSide, TrainSource};
@@ -82,6 +83,7 @@ pub fn compile(document: Document, settings: &Settings) -> Result<Pipeline, RunE
     let terms = match &models {
         Some(models) => {
             check_weights(&document, models, &mut found);
+            initial::check(&document, &models.student.image, &mut found);
             check_evaluations(&document, &mut found);
             check_terms(&document, models, &mut found)
         }
@@ -254,7 +256,8 @@ fn check_file(document: &Document, path: &str, file: &Path, found: &mut Vec<Diag
     }
 }
 
-fn of_weights(document: &Document, path: &str, error: &RunError) -> Diagnostic {
+/// What does not fit between a file and a model, at the file's line.
+pub(crate) fn of_weights(document: &Document, path: &str, error: &RunError) -> Diagnostic {
     let text = error.to_string();
     // The first line says what, the lists of names below go to the help.
     let (message, rest) = text.split_once('\n').unwrap_or((&text, ""));

@@ -13,6 +13,7 @@ use mcpipe_train::{
 
 use crate::assemble::{View, Views, WEIGHTS, declared, image_graph, read_own, read_weights, text_graph};
 use crate::error::RunError;
+use crate::initial::Initial;
 use crate::pipeline::Resolved;
 use crate::plan::StageId;
 use crate::resolve::{StudentText, TextSide};
@@ -40,6 +41,8 @@ pub struct Setup {
     pub train: TrainSetup,
     /// For the data source.
     pub views: Views,
+    /// What of the model does not start from random weights, in one line.
+    pub start: Option<String>,
 }
 
 /// The stage that makes a teacher; none for the student's average.
@@ -200,6 +203,12 @@ pub fn student(
             term.teachers = term.teachers.iter().filter_map(|t| used.iter().position(|u| u == t)).collect();
         }
     }
+    let initial = match (&spec.student.weights, frozen) {
+        (Some(weights), Frozen::Results(_)) => Some(Initial::find(&model.image, weights)?),
+        _ => None,
+    };
+    let start = initial.as_ref().map(Initial::summary);
+    let initial = initial.map(|found| found.read()).transpose()?.unwrap_or_default();
     let train = TrainSetup {
         model: TrainedModel {
             image: Arc::new(model.image.clone()),
@@ -208,7 +217,7 @@ pub fn student(
             logit_scale: spec.loss.logit_scale,
             train_logit_scale: spec.loss.train_logit_scale,
         },
-        initial: ParamStore::default(),
+        initial,
         teachers,
         texts: texts.encoders,
         objective,
@@ -220,7 +229,7 @@ pub fn student(
         kernels: settings.kernels,
         identity,
     };
-    Ok(Setup { train, views })
+    Ok(Setup { train, views, start })
 }
 
 fn teacher(
@@ -317,5 +326,5 @@ pub fn trained_teacher(
         kernels: settings.kernels,
         identity,
     };
-    Ok(Setup { train, views })
+    Ok(Setup { train, views, start: None })
 }

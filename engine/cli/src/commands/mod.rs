@@ -7,6 +7,7 @@ pub mod graph;
 pub mod list;
 pub mod plan;
 pub mod run;
+pub mod weights;
 
 use mcpipe_graph::Kernels;
 use mcpipe_run::{Pipeline, RunError, Settings, compile};

@@ -80,7 +80,7 @@ pub(crate) fn path_prefix(path: &str) -> String {
 }
 
 /// Whether a tensor can stand for a parameter. A scalar may be written with or without an axis.
-fn same_shape(a: &[usize], b: &[usize]) -> bool {
+pub(super) fn same_shape(a: &[usize], b: &[usize]) -> bool {
     a == b || (a.iter().product::<usize>() == 1 && b.iter().product::<usize>() == 1 && a.len() <= 1 && b.len() <= 1)
 }
 
@@ -116,7 +116,7 @@ impl Checkpoint {
             }
         }
         if !mismatch.is_empty() {
-            return Err(WeightsError::Mismatch { path: self.path().to_owned(), mismatch });
+            return Err(WeightsError::Mismatch { path: self.path().to_owned(), mismatch: Box::new(mismatch) });
         }
         let taken = values.len();
         let read = values.into_iter().map(|(name, target)| Ok((target, self.values(name)?)));

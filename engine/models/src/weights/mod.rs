@@ -1,16 +1,34 @@
-//! Weights in safetensors files: reading into a [`ParamStore`](mcpipe_graph::ParamStore) by name, and atomic writing.
+//! Weight files: reading safetensors and PyTorch's checkpoints into a [`ParamStore`](mcpipe_graph::ParamStore) by name,
+//! and atomic writing of safetensors.
 
+mod apple;
+mod convert;
+mod element;
+mod fit;
+mod globals;
+mod inherit;
 mod load;
+mod pickle;
 mod read;
+mod resize;
+mod rules;
+mod slot;
+mod take;
+mod torch;
+mod torch_zip;
 mod write;
 
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
+pub use convert::{ConvertOptions, Form, convert};
+pub use element::Element;
+pub use fit::{Fit, fit, fits, head_of};
 pub(crate) use load::path_prefix;
 pub use load::{Loaded, NameMap};
-pub use read::Checkpoint;
+pub use read::{Checkpoint, Container, Source};
+pub use take::{TakeOptions, Takeover, Target};
 pub use write::{Entry, write_atomic, write_safetensors};
 
 /// A weight file that can't be read, written, or taken by a model.
@@ -35,11 +53,19 @@ pub enum WeightsError {
         message: String,
     },
     /// The file is damaged.
-    #[error("{}: not a whole safetensors file: {message}", .path.display())]
+    #[error("{}: damaged, or no weight file: {message}", .path.display())]
     Corrupt {
         /// File.
         path: PathBuf,
-        /// What is wrong.
+        /// What is wrong, and where.
+        message: String,
+    },
+    /// The file asks for something that is not done, such as a call of a function.
+    #[error("{}: refused: {message}", .path.display())]
+    Refused {
+        /// File.
+        path: PathBuf,
+        /// What it asks for, and where.
         message: String,
     },
     /// A tensor's element type is not a floating-point one that is read.
@@ -58,7 +84,15 @@ pub enum WeightsError {
         /// File.
         path: PathBuf,
         /// Everything that does not fit.
-        mismatch: Mismatch,
+        mismatch: Box<Mismatch>,
+    },
+    /// A pattern that names no parameter of the model.
+    #[error("the pattern `{pattern}` names no parameter of the model that is to take {}", .path.display())]
+    Pattern {
+        /// File.
+        path: PathBuf,
+        /// The pattern.
+        pattern: String,
     },
     /// A model can't be written in the form asked for.
     #[error("{0}")]
@@ -81,6 +115,8 @@ pub struct Mismatch {
     pub unexpected: Vec<String>,
     /// Tensors with another shape: name, shape in the file, shape in the model.
     pub wrong_shape: Vec<(String, Vec<usize>, Vec<usize>)>,
+    /// Settings that would allow for some of it.
+    pub hints: Vec<String>,
 }
 
 /// Names listed of each kind; the rest is counted.
@@ -111,6 +147,6 @@ impl fmt::Display for Mismatch {
                 write!(f, "\n    and {} more", names.len() - LISTED)?;
             }
         }
-        Ok(())
+        self.hints.iter().try_for_each(|hint| write!(f, "\n  {hint}"))
     }
 }

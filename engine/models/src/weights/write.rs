@@ -1,6 +1,7 @@
 //! Writing: all or nothing, the same bytes for the same tensors.
 
 use std::borrow::Cow;
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
@@ -10,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde_json::Value;
 
-use super::WeightsError;
+use super::{Element, WeightsError};
 
 /// Metadata key of the checksum: BLAKE3 of the tensors' bytes in file order, in hexadecimal.
 pub(super) const CHECKSUM_KEY: &str = "mcpipe.blake3";
@@ -22,19 +23,22 @@ pub enum Entry<'a> {
     F32(Vec<usize>, Cow<'a, [f32]>),
     /// Shape and values.
     I64(Vec<usize>, Vec<i64>),
+    /// Element type, shape and little-endian elements.
+    Raw(Element, Vec<usize>, Cow<'a, [u8]>),
 }
 
 impl Entry<'_> {
-    fn dtype(&self) -> &'static str {
+    fn element(&self) -> Element {
         match self {
-            Entry::F32(..) => "F32",
-            Entry::I64(..) => "I64",
+            Entry::F32(..) => Element::F32,
+            Entry::I64(..) => Element::I64,
+            Entry::Raw(element, ..) => *element,
         }
     }
 
     fn shape(&self) -> &[usize] {
         match self {
-            Entry::F32(shape, _) | Entry::I64(shape, _) => shape,
+            Entry::F32(shape, _) | Entry::I64(shape, _) | Entry::Raw(_, shape, _) => shape,
         }
     }
 
@@ -42,6 +46,7 @@ impl Entry<'_> {
         match self {
             Entry::F32(_, v) => 4 * v.len(),
             Entry::I64(_, v) => 8 * v.len(),
+            Entry::Raw(_, _, bytes) => bytes.len(),
         }
     }
 
@@ -51,11 +56,13 @@ impl Entry<'_> {
             return Cow::Borrowed(match self {
                 Entry::F32(_, v) => bytemuck::cast_slice(v),
                 Entry::I64(_, v) => bytemuck::cast_slice(v),
+                Entry::Raw(_, _, bytes) => bytes,
             });
         }
         Cow::Owned(match self {
             Entry::F32(_, v) => v.iter().flat_map(|x| x.to_le_bytes()).collect(),
             Entry::I64(_, v) => v.iter().flat_map(|x| x.to_le_bytes()).collect(),
+            Entry::Raw(_, _, bytes) => bytes.to_vec(),
         })
     }
 }
@@ -72,7 +79,7 @@ pub fn write_safetensors(
 ) -> Result<(), WeightsError> {
     // Widest elements first, so that each tensor is aligned in the file.
     let mut order: Vec<(&String, &Entry<'_>)> = tensors.iter().collect();
-    order.sort_by_key(|(_, entry)| matches!(entry, Entry::F32(..)));
+    order.sort_by_key(|(_, entry)| Reverse(entry.element().width()));
     let mut hash = blake3::Hasher::new();
     for (_, entry) in &order {
         hash.update(&entry.bytes());
@@ -85,14 +92,14 @@ pub fn write_safetensors(
     let mut offset = 0;
     for (name, entry) in &order {
         let (shape, end) = (entry.shape(), offset + entry.byte_len());
-        let width = if matches!(entry, Entry::F32(..)) { 4 } else { 8 };
+        let width = entry.element().width();
         if shape.iter().product::<usize>() * width != entry.byte_len() {
             return Err(WeightsError::Export(format!(
                 "`{name}` holds {} bytes, which don't fill {shape:?}",
                 entry.byte_len()
             )));
         }
-        let info = serde_json::json!({"dtype": entry.dtype(), "shape": shape, "data_offsets": [offset, end]});
+        let info = serde_json::json!({"dtype": entry.element().name(), "shape": shape, "data_offsets": [offset, end]});
         header.insert((*name).clone(), info);
         offset = end;
     }

@@ -96,6 +96,15 @@ impl Stage for TrainStudent {
                 json!([spec.text, digest])
             }
         };
+        let weights = match &s.weights {
+            Some(weights) => {
+                let file = weights.path();
+                let (digest, _) = file_digest(file).map_err(|e| RunError::read(file, e))?;
+                let how = weights.table().map(|t| json!([t.include, t.exclude, t.resize, t.inherit]));
+                json!([digest, how])
+            }
+            None => Value::Null,
+        };
         let distillation = if self.distilled() {
             let scale = |&at: &usize| {
                 let teacher = &spec.teachers[at];
@@ -112,6 +121,7 @@ impl Stage for TrainStudent {
         };
         Ok(json!({
             "student": [s.backbone, s.image_size, s.params, s.ema],
+            "weights": weights,
             "text": text,
             "projection": spec.projection,
             "logit_scale": [spec.loss.logit_scale, json!(spec.loss.train_logit_scale)],

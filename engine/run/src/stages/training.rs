@@ -44,7 +44,7 @@ pub fn run(
     evaluate: &mut dyn Evaluate,
 ) -> Result<TrainingRecord, RunError> {
     let started = Instant::now();
-    let Setup { train, views } = setup;
+    let Setup { train, views, start } = setup;
     let (training, seed) = (train.training.clone(), train.seed);
     let data = open_training_data(shards)?;
     let checkpoints = Checkpoints::new(context.dir.join(CHECKPOINTS), training.checkpoint.keep);
@@ -62,6 +62,9 @@ pub fn run(
     let mut source = Source::start(data, options, views, from)?;
     let mut told = Told::open(context, from)?;
     (context.tell)(Event::Started { steps: Some(training.steps), from });
+    if let Some(start) = start.filter(|_| from == 0) {
+        (context.tell)(Event::Note(start));
+    }
     let stop = Stop::from_flag(context.interrupt.flag());
     let outcome = trainer.run(&mut source, evaluate, &mut told, Some(&checkpoints), &stop)?;
     let seconds = before.seconds + started.elapsed().as_secs_f64();

@@ -13,6 +13,7 @@ mod model;
 mod params;
 mod teacher;
 mod training;
+mod weights;
 
 pub use augment::{Augment, Crop, CutMix, Mixup};
 pub use data::{Data, EvalData, MakeData, OnBadSample, Shards, TrainData};
@@ -22,6 +23,7 @@ pub use model::{Ema, OwnText, Projection, ProjectionKind, Student, TextEncoder, 
 pub use params::{Params, ParamsError};
 pub use teacher::{EmaTeacher, LoadTeacher, Teacher, TeacherKind, TeacherText, TrainTeacher};
 pub use training::{Checkpoint, LrSchedule, NonFinite, Optimizer, Precision, Training};
+pub use weights::{Resize, Weights, WeightsTable};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};

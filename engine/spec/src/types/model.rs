@@ -3,7 +3,7 @@ use std::path::PathBuf;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::Params;
+use super::{Params, Weights};
 
 /// The image encoder to train.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -18,6 +18,9 @@ pub struct Student {
     /// Sizes of the backbone that differ from its published ones.
     #[serde(default, skip_serializing_if = "Params::is_empty")]
     pub params: Params,
+    /// Weights that the backbone starts from: a file, or a table with its `path` and how it is taken. Absent: random ones.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub weights: Option<Weights>,
     /// Keep a running average of the student's weights.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ema: Option<Ema>,
