@@ -2,9 +2,10 @@
 
 use std::fmt::Debug;
 
-use mcpipe_graph::{GraphBuilder, GraphError, Path, Tensor};
+use mcpipe_graph::{GraphBuilder, GraphError, ParamStore, Path, Tensor};
 
 use crate::error::{ModelError, nearest};
+use crate::reparam::Folded;
 
 /// How an image is made ready for a backbone; it belongs to the model, not to the loader.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -205,6 +206,17 @@ pub trait Backbone: Debug + Send + Sync {
         dim: Option<usize>,
         taps: &[String],
     ) -> Result<ImageOutputs, ModelError>;
+
+    /// Its inference form, where blocks have several branches for training only: that backbone, and a copy of `store`
+    /// in which the parameters under `path` are folded, with the same outputs in evaluation. None where there is
+    /// nothing to fold.
+    ///
+    /// # Errors
+    /// `store` lacks parameters of the backbone.
+    fn reparam(&self, store: &ParamStore, path: &Path) -> Result<Option<Folded>, ModelError> {
+        let _ = (store, path);
+        Ok(None)
+    }
 }
 
 /// The side of a batch of square RGB images.

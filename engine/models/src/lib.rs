@@ -4,14 +4,18 @@
 //!   from the file.
 //! * [`Backbone::build`], [`TextEncoder::build`]: add it to a step graph, with taps for distillation.
 //! * [`projection`]: projection head, regressors, logit scale.
+//! * [`reparam`]: multi-branch blocks folded into single convolutions for inference.
 //! * [`weights`]: safetensors in and out; [`export`]: the student under timm's and open_clip's names.
 //!
 //! A new image backbone is one file that implements [`Backbone`] and has an entry, and one line in `registry.rs`.
 
 mod backbone;
+mod convnext;
 mod efficientnet;
 mod error;
 pub mod export;
+mod fastvit;
+mod layers;
 mod mbconv;
 mod mobilenetv3;
 mod mobilevit;
@@ -19,6 +23,7 @@ mod mobilevitv2;
 mod params;
 pub mod projection;
 mod registry;
+pub mod reparam;
 mod resnet;
 mod text;
 mod transformer;
@@ -29,8 +34,10 @@ pub use backbone::{
     Backbone, CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, ImageOutputs, Interpolation, Naming, Preprocess, Tap,
     TapInfo, TapShape,
 };
+pub use convnext::{ConvNext, ConvNextSizes};
 pub use efficientnet::{EfficientNet, EfficientNetActivation, EfficientNetSizes};
 pub use error::ModelError;
+pub use fastvit::{FastVit, FastVitSizes};
 pub use mobilenetv3::{MobileNetV3, MobileNetV3Sizes};
 pub use mobilevit::{MobileVit, MobileVitSizes};
 pub use mobilevitv2::{MobileVitV2, MobileVitV2Sizes};

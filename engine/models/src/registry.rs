@@ -5,7 +5,7 @@ use schemars::{Schema, SchemaGenerator};
 use crate::backbone::Backbone;
 use crate::error::{ModelError, nearest};
 use crate::text::TextEncoder;
-use crate::{efficientnet, mobilenetv3, mobilevit, mobilevitv2, resnet, text, vit};
+use crate::{convnext, efficientnet, fastvit, mobilenetv3, mobilevit, mobilevitv2, resnet, text, vit};
 
 /// A registered image backbone.
 #[derive(Clone, Copy, Debug)]
@@ -53,7 +53,18 @@ static BACKBONES: &[BackboneEntry] = &[
     efficientnet::LITE0,
     resnet::R18,
     resnet::R50,
+    convnext::ATTO,
+    convnext::FEMTO,
+    convnext::PICO,
+    convnext::NANO,
+    convnext::TINY,
+    fastvit::MCI0,
+    fastvit::MCI1,
+    fastvit::MCI2,
     vit::VIT,
+    vit::TINY,
+    vit::SMALL,
+    vit::BASE,
 ];
 
 static TEXT_ENCODERS: &[TextEncoderEntry] = &[text::TRANSFORMER];
