@@ -33,6 +33,11 @@ pub enum Command {
     Plan(PlanArgs),
     /// Draw the stages of a pipeline.
     Graph(GraphArgs),
+    /// Write a student under timm's or open_clip's names, folded for inference if asked.
+    ///
+    /// Takes a run directory (or a file that mcpipe exported), which says whose weights it holds, or any weights with
+    /// the name of their backbone.
+    Export(ExportArgs),
     /// Print the JSON schema of pipeline files, for editors.
     Schema,
     /// List the components that a pipeline file may name, with their parameters.
@@ -152,6 +157,46 @@ pub struct GraphArgs {
     /// File to write instead of standard output.
     #[arg(short, long, value_name = "FILE")]
     pub output: Option<PathBuf>,
+}
+
+/// Whose names an exported file has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum FormArg {
+    /// The trunk, as timm.create_model(..).load_state_dict takes it.
+    #[default]
+    Timm,
+    /// The trunk as a part of an open_clip model, beside whatever else the weights hold.
+    #[value(name = "open_clip")]
+    OpenClip,
+}
+
+/// `mcpipe export`.
+#[derive(Debug, Args)]
+pub struct ExportArgs {
+    /// Directory of a run, whose student is exported, or a file that mcpipe exported.
+    #[arg(value_name = "RUN_DIR|FILE", required_unless_present = "weights", conflicts_with = "weights")]
+    pub source: Option<PathBuf>,
+    /// Backbone of the weights.
+    #[arg(long, value_name = "NAME", requires = "weights")]
+    pub backbone: Option<String>,
+    /// Weights under timm's or open_clip's names (safetensors).
+    #[arg(long, value_name = "FILE", requires = "backbone")]
+    pub weights: Option<PathBuf>,
+    /// Parameters of the backbone that differ from the published ones, as TOML.
+    #[arg(long, value_name = "TOML", requires = "weights")]
+    pub params: Option<String>,
+    /// Side of the images, where the backbone's parameters depend on it [default: the published one].
+    #[arg(long, value_name = "PIXELS", requires = "weights", value_parser = clap::value_parser!(u16).range(8..=4096))]
+    pub image_size: Option<u16>,
+    /// Whose names the file has.
+    #[arg(long, value_enum, default_value_t)]
+    pub format: FormArg,
+    /// Fold the branches that a backbone has for training only (FastViT).
+    #[arg(long)]
+    pub reparam: bool,
+    /// File to write (safetensors).
+    #[arg(short, long, value_name = "FILE")]
+    pub output: PathBuf,
 }
 
 /// `mcpipe list`.

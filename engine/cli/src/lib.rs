@@ -52,6 +52,7 @@ fn dispatch(cli: &Cli) -> Result<u8, RunError> {
         Command::Run(args) => commands::run::run(args, cli.quiet, cli.verbose),
         Command::Check(args) => commands::check::check(args),
         Command::Plan(args) => commands::plan::plan(args),
+        Command::Export(args) => commands::export::export(args, cli.quiet),
         Command::Graph(args) => commands::graph::graph(args),
         Command::Schema => commands::list::schema(),
         Command::List(args) => commands::list::list(args),

@@ -142,7 +142,24 @@ fn backward_impl<S: Simd>(s: S, a: Activation, x: &[f32], dy: &[f32], dx: &mut [
     with_act!(a, A => backward_act::<S, A>(s, x, dy, dx, accumulate))
 }
 
+#[inline(always)]
+fn apply_act<S: Simd, A: Act>(s: S, y: &mut [f32]) {
+    let mut vectors = y.chunks_exact_mut(S::LANES);
+    for v in &mut vectors {
+        s.store(v, A::value(s, s.load(v)));
+    }
+    let rest = vectors.into_remainder();
+    s.store_partial(rest, A::value(s, s.load_partial(rest)));
+}
+
+#[inline(always)]
+fn apply_impl<S: Simd>(s: S, a: Activation, y: &mut [f32]) {
+    with_act!(a, A => apply_act::<S, A>(s, y))
+}
+
 simd_fn! {
+    /// y = a(y) on the calling thread, for kernels that end in an activation.
+    pub(crate) fn apply(a: Activation, y: &mut [f32]) = apply_impl;
     fn forward_chunk(a: Activation, x: &[f32], y: &mut [f32]) = forward_impl;
     fn backward_chunk(a: Activation, x: &[f32], dy: &[f32], dx: &mut [f32], accumulate: bool) = backward_impl;
 }

@@ -28,8 +28,8 @@ mod testing;
 mod vmath;
 pub mod workspace;
 
-pub use conv::{Conv2d, conv2d_backward_data, conv2d_backward_weights, conv2d_forward};
-pub use gemm::{Gemm, Mat, batched_gemm, gemm, gemm_serial};
-pub use linear::{Linear, linear_backward_data, linear_backward_weights, linear_forward};
+pub use conv::{Conv2d, conv2d_backward_data, conv2d_backward_weights, conv2d_forward, conv2d_fused_forward};
+pub use gemm::{Epilogue, Gemm, Mat, batched_gemm, gemm, gemm_serial};
+pub use linear::{Linear, linear_backward_data, linear_backward_weights, linear_forward, linear_fused_forward};
 pub use simd::Level;
-pub use workspace::Workspace;
+pub use workspace::{Precision, Workspace};

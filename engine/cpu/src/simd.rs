@@ -90,6 +90,14 @@ impl Level {
         }
     }
 
+    /// Whether this level multiplies pairs of bf16 by an instruction of its own (AVX512_BF16); else two f32 ones do.
+    pub fn has_bf16(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return self.0 == Kind::Avx512 && is_x86_feature_detected!("avx512bf16");
+        #[cfg(not(target_arch = "x86_64"))]
+        false
+    }
+
     fn detect() -> Level {
         #[cfg(target_arch = "x86_64")]
         {
@@ -161,6 +169,14 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn div(self, a: Self::V, b: Self::V) -> Self::V;
     /// `a * b + c` (one rounding with FMA instructions, two at the scalar level).
     fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// `a0*b0 + a1*b1 + c`, the lanes of `a` and `b` being pairs of bf16: the first in the low half of the bits.
+    fn dot_bf16(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// [`Simd::dot_bf16`] by the machine's instruction. Only a function compiled with AVX512_BF16, entered where the
+    /// machine has it, may call this.
+    #[inline(always)]
+    fn dot_bf16_native(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        self.dot_bf16(a, b, c)
+    }
     /// Larger of each pair; `b` where one of them is NaN.
     fn max(self, a: Self::V, b: Self::V) -> Self::V;
     /// Smaller of each pair; `b` where one of them is NaN.
@@ -337,6 +353,14 @@ impl Simd for Scalar {
     fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
         // Not `mul_add`: without the instruction that is a library call per lane.
         self.add(self.mul(a, b), c)
+    }
+    #[inline(always)]
+    fn dot_bf16(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        let halves = |x: f32| (f32::from_bits(x.to_bits() << 16), f32::from_bits(x.to_bits() & 0xffff_0000));
+        std::array::from_fn(|i| {
+            let ((a0, a1), (b0, b1)) = (halves(a[i]), halves(b[i]));
+            a0 * b0 + (a1 * b1 + c[i])
+        })
     }
     #[inline(always)]
     fn max(self, a: Self::V, b: Self::V) -> Self::V {

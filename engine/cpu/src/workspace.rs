@@ -5,13 +5,24 @@ use crate::simd::Level;
 /// Elements of a cache line: every scratch slice starts at a multiple of this.
 const LINE: usize = 16;
 
+/// What linear layers and dense convolutions round their operands to. Sums are always f32, and so is everything else.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Precision {
+    /// Not at all.
+    #[default]
+    F32,
+    /// To bf16, 8 bits of mantissa, as they are read: half the arithmetic where the machine has AVX512_BF16.
+    Bf16,
+}
+
 /// Scratch memory of the kernels: it grows to the largest need seen and never shrinks, so that a training step
-/// allocates nothing after the first one. It also carries the SIMD level that the kernels run at.
+/// allocates nothing after the first one. It also carries the SIMD level and the precision that the kernels work at.
 ///
 /// A parallel kernel takes one slice for all its tasks and splits it with `par_chunks_mut`, by fixed chunk index.
 #[derive(Debug)]
 pub struct Workspace {
     level: Level,
+    precision: Precision,
     memory: Vec<f32>,
     /// What [`lend`](Workspace::lend) gives away.
     lent: Vec<f32>,
@@ -31,7 +42,17 @@ impl Workspace {
 
     /// An empty workspace whose kernels run at `level`.
     pub fn with_level(level: Level) -> Self {
-        Workspace { level, memory: Vec::new(), lent: Vec::new() }
+        Workspace { level, precision: Precision::F32, memory: Vec::new(), lent: Vec::new() }
+    }
+
+    /// The same with another precision.
+    pub fn with_precision(self, precision: Precision) -> Self {
+        Workspace { precision, ..self }
+    }
+
+    /// The precision that kernels given this workspace work in.
+    pub fn precision(&self) -> Precision {
+        self.precision
     }
 
     /// The SIMD level that kernels given this workspace run at.

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::backend::{Arg, Backend, BackendError, Cpu, Forward, GradOut, Vjp};
+use crate::fuse::{FusedConv, fuse};
 use crate::graph::{GraphError, Node, Source, StepGraph, Tensor, ValueId};
 use crate::memory::{MemoryPlan, Mode};
 use crate::op::Op;
@@ -98,6 +99,7 @@ impl<B: Backend> Executor<B> {
         mode: Mode,
         mut backend: B,
     ) -> Result<Self, GraphError> {
+        let graph = if mode == Mode::Forward && backend.fuses() { Arc::new(fuse(&graph)) } else { graph };
         let plan = MemoryPlan::new(&graph, mode);
         let mut bound = Vec::with_capacity(graph.params.len());
         for spec in &graph.params {
@@ -148,7 +150,9 @@ impl<B: Backend> Executor<B> {
     fn count(&mut self, node: &Node, op: &Op, since: Instant, backward: bool) {
         let Some(profile) = &mut self.profile else { return };
         let detail = match op {
-            Op::Conv2d(d) => format!("{}x{} stride {}", d.kh, d.kw, d.stride),
+            Op::Conv2d(d) | Op::FusedConv(FusedConv { conv: d, .. }) => {
+                format!("{}x{} stride {}", d.kh, d.kw, d.stride)
+            }
             _ => String::new(),
         };
         let time = profile.entry((op.name(), detail)).or_insert_with_key(|(op, detail)| OpTime {
@@ -209,7 +213,7 @@ impl<B: Backend> Executor<B> {
             match &input.source {
                 Source::Param(p) => Arg::F32 { buffer: &store.params()[bound[p.0]].data, len },
                 Source::IntInput(_) => Arg::I32(&ints[id]),
-                Source::Input(_) | Source::Op(_) => Arg::F32 { buffer: &slots[plan.values[id]], len },
+                Source::Input(_) | Source::Op(_) | Source::Fused => Arg::F32 { buffer: &slots[plan.values[id]], len },
             }
         };
         node.inputs.iter().map(arg).collect()

@@ -48,6 +48,8 @@ pub enum Source {
     Param(ParamId),
     /// Computed.
     Op(Op),
+    /// Part of a later node since that was fused; there is no such value any more.
+    Fused,
 }
 
 /// One node of the DAG: it produces one value.
@@ -161,6 +163,16 @@ impl StepGraph {
             Source::Input(n) | Source::IntInput(n) if n == name => Some(Tensor { id, shape: node.shape.clone() }),
             _ => None,
         })
+    }
+
+    /// Makes the edges into `nodes` those of their inputs.
+    pub(crate) fn rebuild_edges(&mut self, nodes: &[ValueId]) {
+        self.dag.retain_edges(|dag, edge| dag.edge_endpoints(edge).is_some_and(|(_, to)| !nodes.contains(&to)));
+        for &to in nodes {
+            for (position, from) in self.dag[to].inputs.clone().into_iter().enumerate() {
+                self.dag.add_edge(from, to, position);
+            }
+        }
     }
 
     /// Floating-point operations of one forward pass (a multiply-add counts two); a training step takes about three

@@ -12,6 +12,7 @@
 pub mod backend;
 mod builder;
 mod exec;
+mod fuse;
 mod graph;
 pub mod init;
 mod memory;
@@ -21,6 +22,7 @@ mod params;
 pub use backend::{Backend, Cpu, Kernels};
 pub use builder::{BatchNormArgs, ConvArgs, GraphBuilder, Path};
 pub use exec::{ExecError, Executor, Feed, Feeds, OpTime, Watch};
+pub use fuse::FusedConv;
 pub use graph::{GraphError, Node, ParamId, ParamSpec, Source, StepGraph, StochasticInput, Tensor, ValueId};
 pub use init::Init;
 pub use mcpipe_cpu::activation::Activation;

@@ -12,6 +12,8 @@ use mcpipe_cpu::pooling::Pool2d;
 use mcpipe_cpu::resize::Resize;
 use mcpipe_cpu::separable::SeparableAttention;
 
+use crate::fuse::FusedConv;
+
 /// Who runs a node unless `--kernels reference` asks otherwise.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Runner {
@@ -39,6 +41,8 @@ pub struct Image {
 pub enum Op {
     /// `x [B,H,W,Ci], w [Co,Ci/g,kh,kw], (bias [Co])` → `[B,H',W',Co]`.
     Conv2d(Conv2d),
+    /// A convolution or linear layer with what follows it, in evaluation.
+    FusedConv(FusedConv),
     /// `x [rows,in], w [out,in], (bias [out])` → `[rows,out]`.
     Linear(Linear),
     /// `a, b` → `alpha · op(a) · op(b)`.
@@ -237,6 +241,8 @@ impl Op {
         match self {
             Op::Conv2d(d) if d.groups > 1 && d.groups == d.c_in => "depthwise_conv2d",
             Op::Conv2d(_) => "conv2d",
+            Op::FusedConv(f) if f.conv.groups > 1 && f.conv.groups == f.conv.c_in => "fused_depthwise_conv2d",
+            Op::FusedConv(_) => "fused_conv2d",
             Op::Linear(_) => "linear",
             Op::MatMul { .. } => "matmul",
             Op::BatchNorm { .. } | Op::BatchNormEval { .. } => "batch_norm",
@@ -290,7 +296,8 @@ impl Op {
             Op::GatherRows { .. } | Op::ScaleSamples { .. } => (0b10, false),
             Op::AttentionMap(_) => (0b1, true),
             Op::L2Normalize { .. } | Op::Softmax { .. } | Op::Exp => (0, true),
-            Op::Add
+            Op::FusedConv(_)
+            | Op::Add
             | Op::AddBroadcast
             | Op::Scale(_)
             | Op::Unfold(_)
@@ -329,6 +336,7 @@ impl Op {
             Op::GatherRows { .. } | Op::ScaleSamples { .. } => i == 0,
             Op::Contrastive(_) => i < 3,
             Op::KlRows { .. } => i == 1,
+            Op::FusedConv(_) => false,
             _ => true,
         }
     }
@@ -338,7 +346,7 @@ impl Op {
     pub fn flops(&self, numel: usize) -> u64 {
         let n = numel as u64;
         match self {
-            Op::Conv2d(d) => d.flops(),
+            Op::Conv2d(d) | Op::FusedConv(FusedConv { conv: d, .. }) => d.flops(),
             Op::Linear(d) => 2 * (d.rows * d.c_in * d.c_out) as u64,
             Op::MatMul { dims: d, .. } => 2 * (d.m * d.n * d.k) as u64,
             Op::BatchNorm { .. } | Op::LayerNorm(_) | Op::GroupNorm(_) => 8 * n,

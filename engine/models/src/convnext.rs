@@ -157,8 +157,10 @@ impl ConvNext {
         crop_pct: f32,
         set: &toml::Table,
     ) -> Result<Box<dyn Backbone>, ModelError> {
-        let sizes = decode(name, defaults, set)?;
-        let published = sizes == *defaults;
+        let sizes: ConvNextSizes = decode(name, defaults, set)?;
+        // How it is trained changes no shape.
+        let (layer_scale, drop_path) = (defaults.layer_scale, defaults.drop_path);
+        let published = ConvNextSizes { layer_scale, drop_path, ..sizes.clone() } == *defaults;
         Ok(Box::new(ConvNext { name, sizes, crop_pct, published }))
     }
 

@@ -3,6 +3,8 @@
 //! A linear projection is folded into the model's own head (both are linear maps of the pooled features), so that the
 //! exported model is a plain one.
 
+mod convert;
+
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fs;
@@ -16,6 +18,8 @@ use crate::projection::{Projection, ProjectionKind};
 use crate::text::TextEncoder;
 use crate::weights::path_prefix;
 use crate::weights::{Entry, WeightsError, write_atomic, write_safetensors};
+
+pub use convert::{Conversion, Converted, Described, Form, convert, described};
 
 /// A trained student in a store. Paths are those that the models were built under.
 #[derive(Clone, Copy, Debug)]
@@ -166,11 +170,7 @@ impl Student<'_> {
                 continue;
             }
             tensors.insert(format!("{prefix}{name}"), Entry::F32(p.shape.clone(), Cow::Borrowed(&p.data)));
-            if let Some(norm) = name.strip_suffix("running_mean") {
-                // PyTorch's batch norm counts its batches in a buffer that a strict load asks for.
-                let count = i64::try_from(self.batches).unwrap_or(i64::MAX);
-                tensors.insert(format!("{prefix}{norm}num_batches_tracked"), Entry::I64(Vec::new(), vec![count]));
-            }
+            tensors.extend(batch_counter(&format!("{prefix}{name}"), self.batches));
         }
         if tensors.is_empty() {
             return Err(WeightsError::Export(format!("the store has no parameters under `{}`", self.image_path)));
@@ -216,20 +216,31 @@ impl Student<'_> {
         Ok(Head { weight, bias, mlp })
     }
 
-    /// The metadata of an exported file.
     fn metadata(&self, form: &str) -> BTreeMap<String, String> {
-        let p = self.backbone.preprocess();
-        let text = |v: Value| v.to_string();
-        BTreeMap::from([
-            ("format".into(), "pt".into()),
-            ("mcpipe.form".into(), form.into()),
-            ("mcpipe.backbone".into(), self.backbone.name().into()),
-            ("mcpipe.params".into(), text(serde_json::to_value(self.backbone.params()).unwrap_or_default())),
-            ("mcpipe.image_size".into(), self.image_size.to_string()),
-            ("mcpipe.mean".into(), text(json!(p.mean))),
-            ("mcpipe.std".into(), text(json!(p.std))),
-        ])
+        metadata(self.backbone, self.image_size, form)
     }
+}
+
+/// The metadata of an exported file.
+fn metadata(backbone: &dyn Backbone, image_size: usize, form: &str) -> BTreeMap<String, String> {
+    let p = backbone.preprocess();
+    let text = |v: Value| v.to_string();
+    BTreeMap::from([
+        ("format".into(), "pt".into()),
+        ("mcpipe.form".into(), form.into()),
+        ("mcpipe.backbone".into(), backbone.name().into()),
+        ("mcpipe.params".into(), text(serde_json::to_value(backbone.params()).unwrap_or_default())),
+        ("mcpipe.image_size".into(), image_size.to_string()),
+        ("mcpipe.mean".into(), text(json!(p.mean))),
+        ("mcpipe.std".into(), text(json!(p.std))),
+    ])
+}
+
+/// PyTorch's batch norm counts its batches in a buffer that a strict load asks for: its name beside `running_mean`.
+fn batch_counter(name: &str, batches: u64) -> Option<(String, Entry<'static>)> {
+    let norm = name.strip_suffix("running_mean")?;
+    let count = i64::try_from(batches).unwrap_or(i64::MAX);
+    Some((format!("{norm}num_batches_tracked"), Entry::I64(Vec::new(), vec![count])))
 }
 
 /// Writes the student's trunk as `timm.create_model(name, num_classes=…)` takes it, to `file`.

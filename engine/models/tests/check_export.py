@@ -3,7 +3,8 @@
     cargo run -p mcpipe-models --example export_samples -- DIRECTORY
     python check_export.py DIRECTORY        # torch, timm, open_clip_torch, safetensors
 
-Also loads one timm file: `python check_export.py FILE MODEL NUM_CLASSES`.
+Also loads one timm file: `python check_export.py FILE MODEL NUM_CLASSES`, and compares a folded one with the file that
+`mcpipe export --reparam` made it from: `python check_export.py FILE MODEL NUM_CLASSES FOLDED`.
 """
 
 import pathlib
@@ -16,8 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 
-def load_timm(file, model, num_classes):
-    model = timm.create_model(model, num_classes=num_classes)
+def load_timm(file, model, num_classes, **kwargs):
+    model = timm.create_model(model, num_classes=num_classes, **kwargs)
     model.load_state_dict(load_file(file))  # strict
     return model.eval()
 
@@ -51,8 +52,24 @@ def check(directory):
     assert max(worst) < 1e-4, "embeddings differ"
 
 
+@torch.no_grad()
+def check_folded(file, model, num_classes, folded):
+    """The folded file against timm's own folding, tensors and outputs."""
+    branches = load_timm(file, model, num_classes)
+    ours = load_timm(folded, model, num_classes, inference_mode=True)
+    theirs = timm.utils.reparameterize_model(branches).state_dict()
+    tensors = max(gap(t, theirs[name]) for name, t in ours.state_dict().items() if t.is_floating_point())
+    x = torch.rand(2, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    expected = branches(x)
+    outputs = gap(ours(x), expected) / expected.abs().max().item()
+    print(f"loaded strictly; tensors differ from timm's by {tensors:.1e}, outputs by {outputs:.1e} relative")
+    assert max(tensors, outputs) < 1e-5
+
+
 if __name__ == "__main__":
-    if len(sys.argv) == 4:
+    if len(sys.argv) == 5:
+        check_folded(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4])
+    elif len(sys.argv) == 4:
         load_timm(sys.argv[1], sys.argv[2], int(sys.argv[3]))
         print("loaded strictly")
     else:

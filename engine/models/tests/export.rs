@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use mcpipe_graph::backend::Cpu;
 use mcpipe_graph::{Executor, Feed, GraphBuilder, Mode, ParamStore, Path};
-use mcpipe_models::export::{Student, StudentText, export_open_clip, export_timm};
+use mcpipe_models::export::{
+    Conversion, Described, Form as Names, Student, StudentText, convert, described, export_open_clip, export_timm,
+};
 use mcpipe_models::projection::{Projection, ProjectionKind};
 use mcpipe_models::weights::NameMap;
 use mcpipe_models::{Backbone, Checkpoint, TextEncoder, WeightsError, backbone, eot_positions, text_encoder};
@@ -200,4 +202,105 @@ fn an_mlp_projection_becomes_open_clips_or_is_refused() {
     let nowhere = Student { image_path: "nobody", ..student };
     assert!(matches!(export_timm(&nowhere, &dir.path().join("n.safetensors")), Err(WeightsError::Export(_))));
     assert!(!dir.path().join("n.safetensors").exists());
+}
+
+fn fastvit() -> Box<dyn Backbone> {
+    let sizes = "layers = [1, 1, 1, 1]\ndims = [8, 16, 32, 32]\nlayer_scale = 0.5";
+    backbone("fastvit_mci0", &sizes.parse().unwrap()).unwrap()
+}
+
+/// A student with a FastViT, exported both ways; what its images and captions give.
+fn exported_fastvit(dir: &std::path::Path) -> [Vec<f32>; 2] {
+    let image = fastvit();
+    let (image_path, text_path) = ("visual.trunk", "text");
+    let form =
+        Form { image: &*image, image_path, text_path, head: Some(6), text_dim: 6, projection: None, shared: false };
+    let mut store = ParamStore::default();
+    embeddings(&form, &mut store);
+    disturb(&mut store);
+    let expected = embeddings(&form, &mut store);
+    let (encoder, text_store) = (text(), store.clone());
+    let student = Student {
+        store: &store,
+        backbone: &*image,
+        image_path: "visual.trunk",
+        image_size: SIDE,
+        projection: None,
+        batches: 3,
+    };
+    let text = StudentText {
+        store: &text_store,
+        encoder: &*encoder,
+        path: "text",
+        shared_projection: false,
+        logit_scale: 1.0,
+    };
+    export_timm(&student, &dir.join("timm.safetensors")).unwrap();
+    export_open_clip(&student, &text, dir).unwrap();
+    expected
+}
+
+#[test]
+fn exported_weights_are_converted_and_folded() {
+    let dir = tempfile::tempdir().unwrap();
+    let expected = exported_fastvit(dir.path());
+    let folded_file = dir.path().join("folded.safetensors");
+    for source in ["timm.safetensors", "open_clip_model.safetensors"] {
+        let source = Checkpoint::open(&dir.path().join(source)).unwrap();
+        let Described { backbone: image, image_size: size } = described(&source).unwrap().unwrap();
+        assert_eq!((image.params(), size), (fastvit().params(), SIDE));
+        for (form, path) in [(Names::Timm, ""), (Names::OpenClip, "visual.trunk")] {
+            let to = Conversion { backbone: &*image, image_size: size, form, reparam: true };
+            let done = convert(&source, &to, &folded_file).unwrap();
+            assert_eq!(done.num_classes, 6);
+            let folded = Checkpoint::open(&folded_file).unwrap();
+            assert_eq!(folded.names().count(), done.written);
+            // The text tower and the logit scale stay where there is a place for them.
+            let beside = source.names().filter(|n| n.starts_with("text.") || *n == "logit_scale").count();
+            match form {
+                Names::Timm => assert_eq!(done.left_out.len(), beside),
+                Names::OpenClip => assert!(done.left_out.is_empty() && done.written < done.read + beside),
+            }
+            let image = described(&folded).unwrap().unwrap().backbone;
+            assert_eq!(image.params()["reparam"].as_bool(), Some(true));
+            let form = Form {
+                image: &*image,
+                image_path: path,
+                text_path: "text",
+                head: Some(6),
+                text_dim: 6,
+                projection: None,
+                shared: false,
+            };
+            let mut store = ParamStore::default();
+            embeddings(&form, &mut store);
+            let mut trunk = ParamStore::default();
+            for p in store.params().iter().filter(|p| !p.name.starts_with("text.")) {
+                trunk.insert(p.clone());
+            }
+            let prefix = if path.is_empty() { "" } else { "visual.trunk." };
+            folded.load(&mut trunk, &NameMap::new().and(prefix, prefix)).unwrap();
+            trunk.params().iter().for_each(|p| store.insert(p.clone()));
+            close(&embeddings(&form, &mut store)[0], &expected[0]);
+        }
+    }
+}
+
+#[test]
+fn conversions_that_make_no_sense_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    exported_fastvit(dir.path());
+    let source = Checkpoint::open(&dir.path().join("timm.safetensors")).unwrap();
+    let out = dir.path().join("out.safetensors");
+    let (image, mobile, vit) = (fastvit(), small(), vit());
+    let to = |backbone, form, reparam| Conversion { backbone, image_size: SIDE, form, reparam };
+    assert!(matches!(convert(&source, &to(&*mobile, Names::Timm, false), &out), Err(WeightsError::Mismatch { .. })));
+    assert!(matches!(convert(&source, &to(&*vit, Names::Timm, false), &out), Err(WeightsError::Export(_))));
+    assert!(!out.exists());
+    // Twice folded.
+    convert(&source, &to(&*image, Names::Timm, true), &out).unwrap();
+    let folded = Checkpoint::open(&out).unwrap();
+    let plain = described(&folded).unwrap().unwrap().backbone;
+    let again = convert(&folded, &to(&*plain, Names::Timm, true), &dir.path().join("twice.safetensors"));
+    assert!(matches!(again, Err(WeightsError::Export(message)) if message.contains("no branches")));
 }

@@ -32,6 +32,13 @@ fn wrong_parameters_name_their_path() {
         ("mobilevit_xxs", "expansion = 0.0", "expansion"),
         ("mobilevit_xxs", "expansion = nan", "expansion"),
         ("mobilevit_xxs", "patch_size = 9999999999", "patch_size"),
+        ("convnext_atto", "kernel_size = 4", "kernel_size"),
+        ("convnext_atto", "drop_path = 1.0", "drop_path"),
+        ("convnext_tiny", "depths = [3, 3, 9]", "depths"),
+        ("fastvit_mci0", "dims = [64, 128, 256, 500]", "dims"),
+        ("fastvit_mci0", "dims = [8, 16, 32, 48]", "dims"),
+        ("fastvit_mci1", "layer_scale = -1.0", "layer_scale"),
+        ("vit_tiny", "heads = 5", "heads"),
         ("vit", "width = 100\nheads = 3", "heads"),
         ("vit", "act = \"relu\"", "act"),
         ("vit", "depth = 1.5", "depth"),
@@ -117,6 +124,9 @@ fn sizes_of_ones_own_change_the_model() {
         table("channels = [8, 8, 16, 16, 24]\ndepths = [1, 1, 2, 1, 1]\ntransformer_depths = [1, 1, 1]\nfeatures = 64");
     let model = backbone("mobilevit_xxs", &small).unwrap();
     assert!(!model.is_published() && backbone("mobilevit_xxs", &table("heads = 4")).unwrap().is_published());
+    // What changes no shape leaves the published sizes.
+    assert!(backbone("fastvit_mci0", &table("reparam = true\ndrop_path = 0.1")).unwrap().is_published());
+    assert!(!backbone("convnext_atto", &table("kernel_size = 5")).unwrap().is_published());
     let names: Vec<String> = model.taps(64).unwrap().into_iter().map(|t| t.name).collect();
     assert!(names.contains(&"stages.2.2.transformer.0.attn".to_owned()), "{names:?}");
     let mut g = GraphBuilder::new(true);

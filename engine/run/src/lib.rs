@@ -3,10 +3,12 @@
 //! * [`components`]: every registered component, for parser, schema and `mcpipe list`.
 //! * [`compile`]: a [`mcpipe_spec::Document`] to a [`Pipeline`]: names resolved, checked, stages linked to a [`Plan`].
 //! * [`describe`], [`drawing`]: what a run would do.
+//! * [`export`]: a run's student, or any weights, in another library's names or folded for inference.
 //! * [`run`]: runs the stages whose results the [`store`](store::Store) lacks and fills the run directory.
 
 mod assemble;
 mod components;
+mod convert;
 mod describe;
 pub mod draw;
 mod error;
@@ -28,9 +30,11 @@ mod summary;
 use std::path::{Path, PathBuf};
 
 pub use components::{components, schema_text};
+pub use convert::{ExportSource, export};
 pub use describe::{Description, ModelLine, StageLine, TapLine, TrainingLine, describe, drawing};
 pub use error::RunError;
 pub use hash::code_version;
+pub use mcpipe_models::export::Form;
 pub use pipeline::{Pipeline, Resolved, compile};
 pub use plan::Plan;
 pub use progress::{Event, Interrupt, Observer, Silent};

@@ -195,7 +195,13 @@ fn one(
     let started = Instant::now();
     let context =
         Context { dir: &work.dir, hash: planned.hash, inputs, settings, tell: &tell, metrics: &record, interrupt };
-    let summary = stage.run(&context)?;
+    // Inside the pool a kernel's fork hands no work to a sleeping thread and back. Two heavy stages at once stay outside:
+    // one that waits for its kernels could pick up the other as a whole.
+    let summary = if stage.load() == Load::Heavy && settings.jobs <= 1 {
+        rayon::scope(|_| stage.run(&context))?
+    } else {
+        stage.run(&context)?
+    };
     let seconds = started.elapsed().as_secs_f64();
     let stored = work.finish(seconds, summary.clone())?;
     observer.event(index, name, &Event::Finished { cached: false, seconds, summary });

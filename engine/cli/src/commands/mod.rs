@@ -2,6 +2,7 @@
 
 pub mod check;
 pub mod data;
+pub mod export;
 pub mod graph;
 pub mod list;
 pub mod plan;

@@ -5,10 +5,13 @@
 //! inner dimension comes in `kh` segments, one padded image row apart. Only the padding is ever copied.
 
 use super::Conv2d;
+use crate::activation::Activation;
+use crate::gemm::Epilogue;
+use crate::gemm::bf16::{pairs_across_rows, pairs_along_rows, pairs_at_distance};
 use crate::gemm::kernel::{Product, product};
 use crate::gemm::pack::{pack_b, packed_len};
 use crate::parallel::{Shared, for_each_task, part, tasks_for};
-use crate::workspace::Workspace;
+use crate::workspace::{Precision, Workspace};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -124,6 +127,13 @@ impl Geometry {
     }
 }
 
+impl Strips {
+    /// Elements of the longest input under a strip.
+    fn longest(&self, g: &Geometry) -> usize {
+        if g.padded() { self.scratch } else { self.images * g.h * g.row() }
+    }
+}
+
 /// How the output is cut into strips.
 struct Strips {
     images: usize,
@@ -164,15 +174,15 @@ fn weight_matrix(w: &[f32], columns: usize, at: impl Fn(usize) -> usize + Sync, 
     }
 }
 
-/// `y = conv(x, w) + bias`.
-pub(super) fn forward(d: &Conv2d, x: &[f32], w: &[f32], bias: Option<&[f32]>, y: &mut [f32], ws: &mut Workspace) {
+/// `y = act(conv(x, w) + bias + residual)`.
+pub(super) fn forward(d: &Conv2d, x: &[f32], w: &[f32], epilogue: &Epilogue, y: &mut [f32], ws: &mut Workspace) {
     // `[ky, kx, i, o]` from `[o, i, ky, kx]`.
     let taps = d.kh * d.kw;
     let at = |r: usize| r % d.c_in * taps + r / d.c_in;
-    convolve(&Geometry::of(d), x, w, at, d.c_in * taps, false, bias, y, ws);
+    convolve(&Geometry::of(d), x, w, at, d.c_in * taps, false, epilogue, y, ws);
 }
 
-/// `y (+)= conv(x, w) + bias`, the weight of (tap, input channel) `r` and output channel `o` being `w[at(r) + o * stride]`.
+/// `y (+)= conv(x, w)`, then the epilogue; the weight of (tap, input channel) `r` and output channel `o` being `w[at(r) + o * stride]`.
 fn convolve(
     g: &Geometry,
     x: &[f32],
@@ -180,7 +190,7 @@ fn convolve(
     at: impl Fn(usize) -> usize + Sync,
     stride: usize,
     accumulate: bool,
-    bias: Option<&[f32]>,
+    epilogue: &Epilogue,
     y: &mut [f32],
     ws: &mut Workspace,
 ) {
@@ -192,45 +202,67 @@ fn convolve(
     let strips = g.strips(tasks);
     let tasks = tasks.min(strips.count);
     let pack = g.c_out > WIDE;
-    let packed = if pack { packed_len(level, k, g.c_out) } else { 0 };
-    let [weights, packed, scratch] = ws.split([k * g.c_out, packed, tasks * strips.scratch]);
-    weight_matrix(w, g.c_out, at, stride, weights);
-    if pack {
-        pack_b(level, k, g.c_out, weights, g.c_out, 1, packed);
+    // Pairs of bf16 halve the inner dimension; they lie within a segment where the channels are even.
+    let pairs = ws.precision() == Precision::Bf16 && g.c_in.is_multiple_of(2);
+    let per = if pairs { 2 } else { 1 };
+    let packed = if pack { packed_len(level, k / per, g.c_out) } else { 0 };
+    let rounded = if pairs { strips.longest(g) / 2 } else { 0 };
+    let each = strips.scratch + rounded;
+    let halves = if pairs { k / 2 * g.c_out } else { 0 };
+    let [plain, halves, packed, scratch] = ws.split([k * g.c_out, halves, packed, tasks * each]);
+    weight_matrix(w, g.c_out, at, stride, plain);
+    if pairs {
+        pairs_across_rows(level, g.c_out, plain, halves);
     }
-    let (weights, packed) = (&*weights, &*packed);
+    let weights = if pairs { &*halves } else { &*plain };
+    if pack {
+        pack_b(level, k / per, g.c_out, weights, g.c_out, 1, packed);
+    }
+    let packed = &*packed;
     let (out, scratch) = (Shared(y.as_mut_ptr()), Shared(scratch.as_mut_ptr()));
     for_each_task(tasks, |task| {
         // SAFETY: each task has its own part of the scratch.
-        let own = unsafe { std::slice::from_raw_parts_mut(scratch.ptr().add(task * strips.scratch), strips.scratch) };
+        let own = unsafe { std::slice::from_raw_parts_mut(scratch.ptr().add(task * each), each) };
+        let (copy, rounded) = own.split_at_mut(strips.scratch);
         for index in part(strips.count, 1, tasks, task) {
             let strip = g.strip(&strips, index);
-            let input = g.input(x, &strip, own);
+            let mut input = g.input(x, &strip, copy);
+            if pairs {
+                let out = &mut rounded[..input.len() / 2];
+                pairs_along_rows(level, input.len(), input, out);
+                input = out;
+            }
             for (i, n) in strip.images.clone().enumerate() {
                 for oy in strip.rows.clone() {
-                    let at = i * g.image_len() + (oy - strip.rows.start) * g.stride * g.row();
-                    let used = (g.kh - 1) * g.row() + ((g.out_w - 1) * g.stride + g.kw) * g.c_in;
+                    let at = (i * g.image_len() + (oy - strip.rows.start) * g.stride * g.row()) / per;
+                    let used = ((g.kh - 1) * g.row() + ((g.out_w - 1) * g.stride + g.kw) * g.c_in) / per;
                     let p = Product {
                         m: g.out_w,
                         n: g.c_out,
                         outers: 1,
                         segs: g.kh,
-                        seg_len: g.kw * g.c_in,
+                        seg_len: g.kw * g.c_in / per,
                         a: input[at..at + used].as_ptr(),
-                        a_row: g.stride * g.c_in,
+                        a_row: g.stride * g.c_in / per,
                         a_col: 1,
-                        a_seg: g.row(),
+                        a_seg: g.row() / per,
                         a_outer: 0,
                         b: if pack { packed.as_ptr() } else { weights.as_ptr() },
-                        ldb: if pack { k } else { g.c_out },
+                        ldb: if pack { k / per } else { g.c_out },
                         b_packed: pack,
                         b_first: 0,
                         // SAFETY: output row `oy` of image `n` lies inside `y`.
                         c: unsafe { out.ptr().add((n * g.out_h + oy) * g.out_w * g.c_out) },
                         ldc: g.c_out,
                         alpha: 1.0,
+                        pairs,
                         accumulate,
-                        bias: bias.map_or(std::ptr::null(), <[f32]>::as_ptr),
+                        bias: epilogue.bias.map_or(std::ptr::null(), <[f32]>::as_ptr),
+                        // SAFETY: as `c`: the residual has the output's size.
+                        residual: epilogue.residual.map_or(std::ptr::null(), |r| unsafe {
+                            r.as_ptr().add((n * g.out_h + oy) * g.out_w * g.c_out)
+                        }),
+                        act: epilogue.act,
                     };
                     // SAFETY: the slice above covers A; B has k rows; strips, so output rows, are disjoint over tasks.
                     unsafe { product(level, &p) };
@@ -260,7 +292,7 @@ pub(super) fn backward_data(d: &Conv2d, w: &[f32], dy: &[f32], dx: &mut [f32], a
             pad_x: d.kw - 1 - d.pad,
         };
         let at = |r: usize| r % d.c_out * d.c_in * taps + (taps - 1 - r / d.c_out);
-        convolve(&g, dy, w, at, taps, accumulate, None, dx, ws);
+        convolve(&g, dy, w, at, taps, accumulate, &Epilogue::default(), dx, ws);
     } else {
         scatter(d, w, dy, dx, accumulate, ws);
     }
@@ -321,8 +353,11 @@ fn scatter(d: &Conv2d, w: &[f32], dy: &[f32], dx: &mut [f32], accumulate: bool, 
                     c: sent.as_mut_ptr(),
                     ldc: columns,
                     alpha: 1.0,
+                    pairs: false,
                     accumulate: false,
                     bias: std::ptr::null(),
+                    residual: std::ptr::null(),
+                    act: Activation::Identity,
                 };
                 // SAFETY: dy has these rows, the packed weights `c_out` rows, the scratch room for the strip.
                 unsafe { product(level, &p) };
@@ -368,23 +403,40 @@ pub(super) fn backward_weights(d: &Conv2d, x: &[f32], dy: &[f32], dw: &mut [f32]
     let strips = g.strips(tasks);
     let tasks = tasks.min(strips.count);
     let len = d.weights();
-    let [partials, scratch] = ws.split([tasks * len, tasks * strips.scratch]);
+    let pairs = ws.precision() == Precision::Bf16;
+    // Pairs run along the pixels of an output row.
+    let (per, width) = if pairs { (2, g.out_w.div_ceil(2)) } else { (1, g.out_w) };
+    let (x_pairs, dy_pairs) =
+        if pairs { (strips.longest(&g), strips.images * g.out_h * width * d.c_out) } else { (0, 0) };
+    let each = strips.scratch + x_pairs + dy_pairs;
+    let [partials, scratch] = ws.split([tasks * len, tasks * each]);
     let (out, scratch) = (Shared(partials.as_mut_ptr()), Shared(scratch.as_mut_ptr()));
     for_each_task(tasks, |task| {
         // SAFETY: each task has its own part of the scratch and its own partial.
         let (own, partial) = unsafe {
             (
-                std::slice::from_raw_parts_mut(scratch.ptr().add(task * strips.scratch), strips.scratch),
+                std::slice::from_raw_parts_mut(scratch.ptr().add(task * each), each),
                 std::slice::from_raw_parts_mut(out.ptr().add(task * len), len),
             )
         };
         let segment = d.kw * d.c_in;
+        let (copy, own) = own.split_at_mut(strips.scratch);
+        let (x_pairs, dy_pairs) = own.split_at_mut(x_pairs);
         for (i, index) in part(strips.count, 1, tasks, task).enumerate() {
             let strip = g.strip(&strips, index);
-            let input = g.input(x, &strip, own);
+            let mut input = g.input(x, &strip, copy);
             let (images, rows) = (strip.images.len(), strip.rows.len());
             let first = (strip.images.start * g.out_h + strip.rows.start) * g.out_w * d.c_out;
-            let dy = &dy[first..first + images * rows * g.out_w * d.c_out];
+            let mut dy = &dy[first..first + images * rows * g.out_w * d.c_out];
+            if pairs {
+                pairs_at_distance(level, d.stride * d.c_in, input, x_pairs);
+                input = &x_pairs[..input.len()];
+                let line = g.out_w * d.c_out;
+                for (dy, out) in dy.chunks_exact(line).zip(dy_pairs.chunks_exact_mut(width * d.c_out)) {
+                    pairs_across_rows(level, d.c_out, dy, out);
+                }
+                dy = &dy_pairs[..images * rows * width * d.c_out];
+            }
             let used = (images - 1) * g.image_len()
                 + (rows - 1) * d.stride * g.row()
                 + (g.out_w - 1) * d.stride * d.c_in
@@ -395,10 +447,10 @@ pub(super) fn backward_weights(d: &Conv2d, x: &[f32], dy: &[f32], dw: &mut [f32]
                     n: d.c_out,
                     outers: images,
                     segs: rows,
-                    seg_len: g.out_w,
+                    seg_len: width,
                     a: input[ky * g.row()..ky * g.row() + used].as_ptr(),
                     a_row: 1,
-                    a_col: d.stride * d.c_in,
+                    a_col: per * d.stride * d.c_in,
                     a_seg: d.stride * g.row(),
                     a_outer: g.image_len(),
                     b: dy.as_ptr(),
@@ -408,8 +460,11 @@ pub(super) fn backward_weights(d: &Conv2d, x: &[f32], dy: &[f32], dw: &mut [f32]
                     c: partial[ky * segment * d.c_out..(ky + 1) * segment * d.c_out].as_mut_ptr(),
                     ldc: d.c_out,
                     alpha: 1.0,
+                    pairs,
                     accumulate: i > 0,
                     bias: std::ptr::null(),
+                    residual: std::ptr::null(),
+                    act: Activation::Identity,
                 };
                 // SAFETY: the slices above cover A, B and C; C is this task's own.
                 unsafe { product(level, &p) };

@@ -3,8 +3,10 @@
 mod dense;
 mod multiplied;
 
+use crate::activation;
 use crate::depthwise;
-use crate::linear::{Linear, linear_backward_data, linear_backward_weights, linear_forward};
+use crate::gemm::Epilogue;
+use crate::linear::{Linear, linear_backward_data, linear_backward_weights, linear_fused_forward};
 use crate::reduce::add_column_sums;
 use crate::reference;
 use crate::workspace::Workspace;
@@ -102,16 +104,25 @@ enum Path {
 
 /// `y = conv(x, w) + bias`. Panics if the sizes do not fit together, as all functions here do.
 pub fn conv2d_forward(d: &Conv2d, x: &[f32], w: &[f32], bias: Option<&[f32]>, y: &mut [f32], ws: &mut Workspace) {
+    conv2d_fused_forward(d, x, w, &Epilogue::bias(bias), y, ws);
+}
+
+/// `y = act(conv(x, w) + bias + residual)` in one pass over `y`.
+pub fn conv2d_fused_forward(d: &Conv2d, x: &[f32], w: &[f32], epilogue: &Epilogue, y: &mut [f32], ws: &mut Workspace) {
     d.check(x.len(), w.len(), y.len());
-    if let Some(bias) = bias {
-        assert_eq!(bias.len(), d.c_out, "bias's length");
-    }
+    epilogue.check(d.batch * d.out_h() * d.out_w(), d.c_out);
     match d.path() {
-        Path::Pointwise => linear_forward(&d.pointwise(), x, w, bias, y, ws),
-        Path::Dense => dense::forward(d, x, w, bias, y, ws),
-        Path::Depthwise => depthwise::forward(d, x, w, bias, y, ws),
-        Path::Multiplied => multiplied::forward(d, x, w, bias, y, ws),
-        Path::Grouped => reference::conv2d_forward(d, x, w, bias, y),
+        Path::Pointwise => linear_fused_forward(&d.pointwise(), x, w, epilogue, y, ws),
+        Path::Dense => dense::forward(d, x, w, epilogue, y, ws),
+        Path::Depthwise => depthwise::forward(d, x, w, epilogue, y, ws),
+        Path::Multiplied => multiplied::forward(d, x, w, epilogue, y, ws),
+        Path::Grouped => {
+            reference::conv2d_forward(d, x, w, epilogue.bias, y);
+            if let Some(residual) = epilogue.residual {
+                y.iter_mut().zip(residual).for_each(|(y, r)| *y += r);
+            }
+            activation::apply(ws.level(), epilogue.act, y);
+        }
     }
 }
 

@@ -6,6 +6,7 @@ use rayon::prelude::*;
 use super::Conv2d;
 use crate::activation::CHUNK;
 use crate::depthwise;
+use crate::gemm::Epilogue;
 use crate::simd::{Level, Simd};
 use crate::simd_fn;
 use crate::workspace::Workspace;
@@ -57,11 +58,11 @@ fn repeated(d: &Conv2d, level: Level, x: &[f32], ws: &mut Workspace) -> Vec<f32>
     buffer
 }
 
-/// `y = conv(x, w) + bias`.
-pub(super) fn forward(d: &Conv2d, x: &[f32], w: &[f32], bias: Option<&[f32]>, y: &mut [f32], ws: &mut Workspace) {
+/// `y = act(conv(x, w) + bias + residual)`.
+pub(super) fn forward(d: &Conv2d, x: &[f32], w: &[f32], epilogue: &Epilogue, y: &mut [f32], ws: &mut Workspace) {
     let d2 = spread(d);
     let buffer = repeated(d, ws.level(), x, ws);
-    depthwise::forward(&d2, &buffer[..d.batch * d.h * d.w * d.c_out], w, bias, y, ws);
+    depthwise::forward(&d2, &buffer[..d.batch * d.h * d.w * d.c_out], w, epilogue, y, ws);
     ws.give_back(buffer);
 }
 

@@ -1,11 +1,25 @@
 use super::*;
+use crate::activation::Activation;
 use crate::testing::{assert_close, at_each_level, random, wide, with_threads};
+use crate::workspace::Precision;
 
 /// Relative error allowed: f32 sums of up to a few thousand products of magnitude at most 1.
 const TOLERANCE: f64 = 1e-5;
 
 /// Forward and both gradients against the plain formulation in f64, at every level, twice.
 fn check(d: &Conv2d, threads: usize) {
+    check_in(d, threads, Precision::F32);
+}
+
+/// In bf16 on operands that bf16 holds exactly, so that only the sums are rounded, as in f32.
+fn check_in(d: &Conv2d, threads: usize, precision: Precision) {
+    let random = |len, seed| {
+        let mut v = random(len, seed);
+        if precision == Precision::Bf16 {
+            v.iter_mut().for_each(|x| *x = f32::from_bits(x.to_bits() & 0xffff_0000));
+        }
+        v
+    };
     let len_x = d.batch * d.h * d.w * d.c_in;
     let len_y = d.batch * d.out_h() * d.out_w() * d.c_out;
     let (x, w, b, dy) = (random(len_x, 1), random(d.weights(), 2), random(d.c_out, 3), random(len_y, 4));
@@ -17,7 +31,8 @@ fn check(d: &Conv2d, threads: usize) {
     reference::conv2d_backward_weights(d, &x64, &dy64, &mut dw, Some(&mut db));
     with_threads(threads, || {
         at_each_level(|level, ws| {
-            let what = |pass: &str| format!("{d:?} {pass} at {level}");
+            *ws = Workspace::with_level(level).with_precision(precision);
+            let what = |pass: &str| format!("{d:?} {pass} at {level} in {precision:?}");
             let mut run = || {
                 let mut got_y = vec![f32::NAN; len_y];
                 conv2d_forward(d, &x, &w, Some(&b), &mut got_y, ws);
@@ -112,4 +127,66 @@ fn empty_sizes_do_nothing() {
     check(&conv(0, (5, 5), (3, 4), 3, 1), 1);
     check(&Conv2d { pad: 0, ..conv(1, (2, 2), (3, 4), 3, 1) }, 1);
     check(&Conv2d { groups: 3, pad: 0, ..conv(1, (2, 2), (3, 3), 3, 1) }, 1);
+}
+
+/// act(conv + bias + residual) in one call against the same in steps, on every path and past the cache blocks.
+#[test]
+fn fused_forwards_agree_with_their_steps() {
+    let sizes = [
+        conv(2, (9, 7), (5, 33), 3, 2),
+        conv(2, (30, 31), (20, 70), 1, 1),
+        conv(1, (5, 5), (900, 40), 1, 1),
+        Conv2d { groups: 19, ..conv(2, (9, 7), (19, 19), 3, 1) },
+        Conv2d { groups: 2, ..conv(2, (6, 7), (4, 6), 3, 1) },
+    ];
+    for d in sizes {
+        let len = d.batch * d.out_h() * d.out_w() * d.c_out;
+        let (x, w) = (random(d.batch * d.h * d.w * d.c_in, 1), random(d.weights(), 2));
+        let (bias, residual) = (random(d.c_out, 3), random(len, 4));
+        at_each_level(|level, ws| {
+            for act in [Activation::Identity, Activation::Silu, Activation::HardSwish] {
+                let mut steps = vec![f32::NAN; len];
+                conv2d_forward(&d, &x, &w, Some(&bias), &mut steps, ws);
+                steps.iter_mut().zip(&residual).for_each(|(y, r)| *y += r);
+                let mut want = vec![f32::NAN; len];
+                crate::activation::activation_forward(act, &steps, &mut want);
+                let mut got = vec![f32::NAN; len];
+                let epilogue = Epilogue { bias: Some(&bias), residual: Some(&residual), act };
+                conv2d_fused_forward(&d, &x, &w, &epilogue, &mut got, ws);
+                assert_close(&got, &wide(&want), 1e-6, &format!("{d:?} {act:?} at {level}"));
+            }
+        });
+    }
+}
+
+#[test]
+fn bf16_convolutions_agree_with_f64() {
+    for (c_in, c_out) in [(2, 1), (3, 16), (18, 33), (16, 3)] {
+        for (k, stride) in [(1, 1), (1, 2), (3, 1), (3, 2), (5, 1)] {
+            check_in(&conv(2, (9, 7), (c_in, c_out), k, stride), 1, Precision::Bf16);
+        }
+    }
+    check_in(&conv(3, (20, 18), (24, 48), 3, 1), 3, Precision::Bf16);
+    check_in(&conv(1, (6, 6), (8, 300), 3, 1), 2, Precision::Bf16); // weights packed
+    check_in(&conv(1, (150, 150), (12, 3), 3, 1), 2, Precision::Bf16); // several strips per image
+    check_in(&Conv2d { pad: 0, ..conv(2, (12, 16), (4, 40), 4, 4) }, 1, Precision::Bf16);
+    // Products: wide, tall, an odd inner dimension, gradients cut along it, several blocks of it.
+    for (rows, c_in, c_out) in [(5, 7, 600), (700, 33, 20), (3000, 24, 17), (40, 1201, 9), (100, 64, 301)] {
+        check_in(&Conv2d { batch: 1, h: 1, w: rows, ..conv(1, (1, 1), (c_in, c_out), 1, 1) }, 3, Precision::Bf16);
+    }
+}
+
+/// Rounding is to nearest, ties to even; infinities and NaN stay.
+#[test]
+fn bf16_rounds_its_operands() {
+    let d = conv(1, (1, 6), (1, 1), 1, 1);
+    let (low, high) = (1.0, 1.0 + 2f32.powi(-7));
+    let x = [low + 2f32.powi(-8), high + 2f32.powi(-8), low + 2f32.powi(-9), f32::INFINITY, f32::NAN, f32::MAX];
+    at_each_level(|level, ws| {
+        *ws = Workspace::with_level(level).with_precision(Precision::Bf16);
+        let mut y = [0.0; 6];
+        conv2d_forward(&d, &x, &[1.0], None, &mut y, ws);
+        assert_eq!(y[..4], [low, high + 2f32.powi(-7), low, f32::INFINITY], "{level}");
+        assert!(y[4].is_nan() && y[5] == f32::INFINITY, "{level}");
+    });
 }

@@ -4,8 +4,9 @@
 
 mod kernel;
 
+use crate::activation::{self, Activation};
 use crate::conv::Conv2d;
-use crate::gemm::merge;
+use crate::gemm::{Epilogue, merge};
 use crate::parallel::{Shared, for_each_task, part, tasks_for};
 use crate::workspace::Workspace;
 use kernel::{Line, Strip};
@@ -30,10 +31,10 @@ fn tasks(d: &Conv2d) -> usize {
     tasks_for(2 * d.flops())
 }
 
-/// `y = conv(x, w) + bias`.
-pub(crate) fn forward(d: &Conv2d, x: &[f32], w: &[f32], bias: Option<&[f32]>, y: &mut [f32], ws: &mut Workspace) {
+/// `y = act(conv(x, w) + bias + residual)`.
+pub(crate) fn forward(d: &Conv2d, x: &[f32], w: &[f32], epilogue: &Epilogue, y: &mut [f32], ws: &mut Workspace) {
     let source = Source { x, h: d.h, w: d.w, pad_y: d.pad, pad_x: d.pad, stride: d.stride };
-    correlate(d, source, (d.out_h(), d.out_w()), w, false, bias, false, y, ws);
+    correlate(d, source, (d.out_h(), d.out_w()), w, false, epilogue, false, y, ws);
 }
 
 /// The image that a correlation reads.
@@ -47,14 +48,14 @@ struct Source<'a> {
     stride: usize,
 }
 
-/// `y (+)= correlation of the source with w (turned if asked) + bias`; `y` has rows and columns of size `out`.
+/// `y (+)= correlation of the source with w (turned if asked)`, then the epilogue; `y` has rows and columns of size `out`.
 fn correlate(
     d: &Conv2d,
     source: Source,
     (out_h, out_w): (usize, usize),
     w: &[f32],
     turned: bool,
-    bias: Option<&[f32]>,
+    epilogue: &Epilogue,
     accumulate: bool,
     y: &mut [f32],
     ws: &mut Workspace,
@@ -85,10 +86,17 @@ fn correlate(
                 top: (oy * source.stride) as isize - source.pad_y as isize,
                 pad: source.pad_x,
                 weights,
-                bias,
+                bias: epilogue.bias,
                 accumulate,
             };
             kernel::forward(level, &line, y);
+            if let Some(residual) = epilogue.residual {
+                let from = row * out_w * channels;
+                y.iter_mut().zip(&residual[from..]).for_each(|(y, r)| *y += r);
+            }
+            if epilogue.act != Activation::Identity {
+                activation::apply(level, epilogue.act, y);
+            }
         }
     });
 }
@@ -99,7 +107,7 @@ pub(crate) fn backward_data(d: &Conv2d, w: &[f32], dy: &[f32], dx: &mut [f32], a
     if d.stride == 1 && d.pad < d.kh && d.pad < d.kw && out_h > 0 && out_w > 0 {
         let (pad_y, pad_x) = (d.kh - 1 - d.pad, d.kw - 1 - d.pad);
         let source = Source { x: dy, h: out_h, w: out_w, pad_y, pad_x, stride: 1 };
-        correlate(d, source, (d.h, d.w), w, true, None, accumulate, dx, ws);
+        correlate(d, source, (d.h, d.w), w, true, &Epilogue::default(), accumulate, dx, ws);
         return;
     }
     if dx.is_empty() {

@@ -5,8 +5,10 @@
 //! (a kernel row of a convolution, an output row of its weight gradient): that makes convolution a matrix product
 //! without im2col.
 
+use crate::activation::{self, Activation};
 use crate::simd::{Level, Simd};
 use crate::simd_fn;
+use std::ops::Range;
 
 /// Rows of A that stay in the nearest caches while the panels of B pass.
 const ROW_BLOCK: usize = 48;
@@ -40,10 +42,16 @@ pub(crate) struct Product {
     pub c: *mut f32,
     pub ldc: usize,
     pub alpha: f32,
+    /// Elements of A and B are pairs of bf16 along the inner dimension, in the bits of an f32; `seg_len` counts pairs.
+    pub pairs: bool,
     /// Add to C instead of overwriting it.
     pub accumulate: bool,
     /// `n` values added to every row, or null.
     pub bias: *const f32,
+    /// A matrix as C, rows `ldc` apart, that is added; or null.
+    pub residual: *const f32,
+    /// Applied to C last, while its rows are still in the nearest caches.
+    pub act: Activation,
 }
 
 /// Cuts the columns of B into panels: the width in vectors of the next one when `left` vectors remain. With 32 registers
@@ -56,6 +64,13 @@ pub(crate) fn next_panel(lanes: usize, left: usize) -> usize {
         _ => left.min(2),
     }
 }
+
+/// How a tile multiplies two elements and adds them up.
+const F32: u8 = 0;
+/// Pairs of bf16, by two f32 operations.
+const PAIRS: u8 = 1;
+/// Pairs of bf16, by the machine's own instruction.
+const NATIVE_PAIRS: u8 = 2;
 
 /// Rows of A and one panel of B.
 #[derive(Clone, Copy)]
@@ -77,7 +92,11 @@ struct Panel<'a> {
 /// # Safety
 /// As for [`product`]; the rows and the panel lie inside the product.
 #[inline(always)]
-unsafe fn tile<S: Simd, const MR: usize, const NV: usize, const TAIL: bool>(s: S, panel: &Panel, row: usize) {
+unsafe fn tile<S: Simd, const MR: usize, const NV: usize, const TAIL: bool, const DOT: u8>(
+    s: S,
+    panel: &Panel,
+    row: usize,
+) {
     let (lanes, p, last) = (S::LANES, panel.p, panel.last);
     let mut acc = [[s.zero(); NV]; MR];
     // SAFETY: every access is inside the tile that the caller's contract covers.
@@ -98,7 +117,11 @@ unsafe fn tile<S: Simd, const MR: usize, const NV: usize, const TAIL: bool>(s: S
                     for i in 0..MR {
                         let av = s.splat(*a.add(i * p.a_row));
                         for j in 0..NV {
-                            acc[i][j] = s.fma(av, bv[j], acc[i][j]);
+                            acc[i][j] = match DOT {
+                                NATIVE_PAIRS => s.dot_bf16_native(av, bv[j], acc[i][j]),
+                                PAIRS => s.dot_bf16(av, bv[j], acc[i][j]),
+                                _ => s.fma(av, bv[j], acc[i][j]),
+                            };
                         }
                     }
                     a = a.add(p.a_col);
@@ -122,6 +145,10 @@ unsafe fn tile<S: Simd, const MR: usize, const NV: usize, const TAIL: bool>(s: S
                 if p.accumulate {
                     v = s.add(v, if tail { s.load_partial_ptr(at, last) } else { s.load_ptr(at) });
                 }
+                if !p.residual.is_null() {
+                    let from = p.residual.add((row + i) * p.ldc + panel.col + j * lanes);
+                    v = s.add(v, if tail { s.load_partial_ptr(from, last) } else { s.load_ptr(from) });
+                }
                 if tail {
                     s.store_partial_ptr(at, last, v);
                 } else {
@@ -137,13 +164,13 @@ unsafe fn tile<S: Simd, const MR: usize, const NV: usize, const TAIL: bool>(s: S
 /// # Safety
 /// As for [`product`]; the rows and the panel lie inside the product.
 #[inline(always)]
-unsafe fn panel_impl<S: Simd, const NV: usize, const TAIL: bool>(s: S, panel: &Panel) {
+unsafe fn panel_impl<S: Simd, const NV: usize, const TAIL: bool, const DOT: u8>(s: S, panel: &Panel) {
     let mut row = panel.first_row;
     macro_rules! run {
         ($mr:literal) => {
             while panel.behind_row - row >= $mr {
                 // SAFETY: the rows lie inside the product by the caller's contract.
-                unsafe { tile::<S, $mr, NV, TAIL>(s, panel, row) };
+                unsafe { tile::<S, $mr, NV, TAIL, DOT>(s, panel, row) };
                 row += $mr;
             }
         };
@@ -162,18 +189,86 @@ unsafe fn panel_impl<S: Simd, const NV: usize, const TAIL: bool>(s: S, panel: &P
 }
 
 simd_fn! {
-    unsafe fn panel1(panel: &Panel) = panel_impl::<_, 1, false>;
-    unsafe fn panel2(panel: &Panel) = panel_impl::<_, 2, false>;
-    unsafe fn panel3(panel: &Panel) = panel_impl::<_, 3, false>;
-    unsafe fn panel1_tail(panel: &Panel) = panel_impl::<_, 1, true>;
-    unsafe fn panel2_tail(panel: &Panel) = panel_impl::<_, 2, true>;
-    unsafe fn panel3_tail(panel: &Panel) = panel_impl::<_, 3, true>;
+    unsafe fn panel1(panel: &Panel) = panel_impl::<_, 1, false, F32>;
+    unsafe fn panel2(panel: &Panel) = panel_impl::<_, 2, false, F32>;
+    unsafe fn panel3(panel: &Panel) = panel_impl::<_, 3, false, F32>;
+    unsafe fn panel1_tail(panel: &Panel) = panel_impl::<_, 1, true, F32>;
+    unsafe fn panel2_tail(panel: &Panel) = panel_impl::<_, 2, true, F32>;
+    unsafe fn panel3_tail(panel: &Panel) = panel_impl::<_, 3, true, F32>;
+    unsafe fn pairs1(panel: &Panel) = panel_impl::<_, 1, false, PAIRS>;
+    unsafe fn pairs2(panel: &Panel) = panel_impl::<_, 2, false, PAIRS>;
+    unsafe fn pairs3(panel: &Panel) = panel_impl::<_, 3, false, PAIRS>;
+    unsafe fn pairs1_tail(panel: &Panel) = panel_impl::<_, 1, true, PAIRS>;
+    unsafe fn pairs2_tail(panel: &Panel) = panel_impl::<_, 2, true, PAIRS>;
+    unsafe fn pairs3_tail(panel: &Panel) = panel_impl::<_, 3, true, PAIRS>;
+}
+
+/// The panels of bf16 pairs where the machine has AVX512_BF16.
+#[cfg(target_arch = "x86_64")]
+mod native {
+    use super::{NATIVE_PAIRS, Panel, panel_impl};
+    use crate::simd::Avx512;
+
+    macro_rules! panels {
+        ($($name:ident: $nv:literal, $tail:literal;)*) => {$(
+            /// # Safety
+            /// As for [`super::product`]; the machine has AVX512_BF16 beside the level's instructions.
+            #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx512bf16,avx2,fma")]
+            pub(super) unsafe fn $name(panel: &Panel) {
+                // SAFETY: the caller's contract.
+                unsafe { panel_impl::<_, $nv, $tail, NATIVE_PAIRS>(Avx512::new(), panel) }
+            }
+        )*};
+    }
+    panels! {
+        pairs1: 1, false;
+        pairs2: 2, false;
+        pairs3: 3, false;
+        pairs1_tail: 1, true;
+        pairs2_tail: 2, true;
+        pairs3_tail: 3, true;
+    }
+}
+
+/// One panel by the function for its width.
+///
+/// # Safety
+/// As for [`product`].
+unsafe fn run_panel(level: Level, panel: &Panel, vectors: usize, whole: bool) {
+    // SAFETY: the caller's contract; native pairs only where the level says so.
+    unsafe {
+        #[cfg(target_arch = "x86_64")]
+        if panel.p.pairs && level.has_bf16() {
+            return match (vectors, whole) {
+                (1, true) => native::pairs1(panel),
+                (2, true) => native::pairs2(panel),
+                (_, true) => native::pairs3(panel),
+                (1, false) => native::pairs1_tail(panel),
+                (2, false) => native::pairs2_tail(panel),
+                (_, false) => native::pairs3_tail(panel),
+            };
+        }
+        match (panel.p.pairs, vectors, whole) {
+            (false, 1, true) => panel1(level, panel),
+            (false, 2, true) => panel2(level, panel),
+            (false, _, true) => panel3(level, panel),
+            (false, 1, false) => panel1_tail(level, panel),
+            (false, 2, false) => panel2_tail(level, panel),
+            (false, _, false) => panel3_tail(level, panel),
+            (true, 1, true) => pairs1(level, panel),
+            (true, 2, true) => pairs2(level, panel),
+            (true, _, true) => pairs3(level, panel),
+            (true, 1, false) => pairs1_tail(level, panel),
+            (true, 2, false) => pairs2_tail(level, panel),
+            (true, _, false) => pairs3_tail(level, panel),
+        }
+    }
 }
 
 /// Computes one product on the calling thread.
 ///
 /// # Safety
-/// Every element that [`Product`]'s formulas name for its sizes is readable (A, B, bias) or writable (C), and C overlaps
+/// Every element that [`Product`]'s formulas name for its sizes is readable (A, B, bias, residual) or writable (C), and C overlaps
 /// none of the others.
 pub(crate) unsafe fn product(level: Level, p: &Product) {
     let lanes = level.lanes();
@@ -198,19 +293,29 @@ pub(crate) unsafe fn product(level: Level, p: &Product) {
                 };
                 let panel = Panel { p, first_row, behind_row: p.m.min(first_row + ROW_BLOCK), b, ldb, col, last };
                 // SAFETY: rows and panel lie inside the product; the contract is the caller's.
-                unsafe {
-                    match (nv, last == lanes) {
-                        (1, true) => panel1(level, &panel),
-                        (2, true) => panel2(level, &panel),
-                        (_, true) => panel3(level, &panel),
-                        (1, false) => panel1_tail(level, &panel),
-                        (2, false) => panel2_tail(level, &panel),
-                        (_, false) => panel3_tail(level, &panel),
-                    }
-                }
+                unsafe { run_panel(level, &panel, nv, last == lanes) };
                 v += nv;
+            }
+            if p.act != Activation::Identity {
+                let (first, behind) = (from * lanes, p.n.min(to * lanes));
+                // SAFETY: these elements of C were written just now.
+                unsafe { activate(level, p, first_row..p.m.min(first_row + ROW_BLOCK), first..behind) };
             }
         }
         from = to;
+    }
+}
+
+/// `C = act(C)` on some rows and columns.
+///
+/// # Safety
+/// The rows and columns lie inside C, which nothing else uses meanwhile.
+unsafe fn activate(level: Level, p: &Product, rows: Range<usize>, columns: Range<usize>) {
+    let whole = columns.len() == p.ldc;
+    let (count, len) = if whole { (1, rows.len() * p.ldc) } else { (rows.len(), columns.len()) };
+    for i in 0..count {
+        // SAFETY: the caller's contract; rows are `ldc` apart, so whole rows lie side by side.
+        let line = unsafe { std::slice::from_raw_parts_mut(p.c.add((rows.start + i) * p.ldc + columns.start), len) };
+        activation::apply(level, p.act, line);
     }
 }

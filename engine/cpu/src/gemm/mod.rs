@@ -1,8 +1,10 @@
 //! Matrix products: row-major f32, any transposition, split along the inner dimension where that is the long one.
 
+pub(crate) mod bf16;
 pub(crate) mod kernel;
 pub(crate) mod pack;
 
+use crate::activation::Activation;
 use crate::parallel::{Shared, for_each_task, part, tasks_for};
 use crate::simd::Level;
 use crate::workspace::Workspace;
@@ -35,6 +37,34 @@ impl Gemm {
     /// Floating-point operations: `2 m n k`.
     pub fn flops(&self) -> u64 {
         2 * self.m as u64 * self.n as u64 * self.k as u64
+    }
+}
+
+/// What happens to a product's result before it leaves the nearest caches: `act(result + bias + residual)`.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Epilogue<'a> {
+    /// One value per column.
+    pub bias: Option<&'a [f32]>,
+    /// Of the result's size.
+    pub residual: Option<&'a [f32]>,
+    /// Last.
+    pub act: Activation,
+}
+
+impl<'a> Epilogue<'a> {
+    /// A bias alone.
+    pub fn bias(bias: Option<&'a [f32]>) -> Self {
+        Epilogue { bias, ..Epilogue::default() }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.bias.is_none() && self.residual.is_none() && self.act == Activation::Identity
+    }
+
+    /// Panics unless it fits a result of `rows` by `columns`.
+    pub(crate) fn check(&self, rows: usize, columns: usize) {
+        assert!(self.bias.is_none_or(|bias| bias.len() == columns), "bias's length");
+        assert!(self.residual.is_none_or(|residual| residual.len() == rows * columns), "residual's length");
     }
 }
 
@@ -117,8 +147,11 @@ pub fn gemm_serial(
         c: c.as_mut_ptr(),
         ldc,
         alpha,
+        pairs: false,
         accumulate,
         bias: std::ptr::null(),
+        residual: std::ptr::null(),
+        act: Activation::Identity,
     };
     if b_col == 1 {
         // SAFETY: the checks above cover all three operands; C is borrowed mutably, so it overlaps nothing.
@@ -164,6 +197,10 @@ unsafe fn product_by_k_blocks(level: Level, p: &Product, k: usize) {
                 q.accumulate = true;
                 q.bias = std::ptr::null();
             }
+            if block + 1 < blocks {
+                q.residual = std::ptr::null();
+                q.act = Activation::Identity;
+            }
             product(level, &q);
         }
     }
@@ -179,7 +216,7 @@ pub fn gemm(d: &Gemm, alpha: f32, a: &[f32], b: &[f32], beta: f32, c: &mut [f32]
     if beta != 0.0 && beta != 1.0 {
         c.iter_mut().for_each(|v| *v *= beta);
     }
-    multiply(d, alpha, a, b, beta != 0.0, None, c, ws);
+    multiply(d, alpha, a, b, beta != 0.0, &Epilogue::default(), c, ws);
 }
 
 /// `batch` independent products of the same sizes, operands one behind the other; see [`gemm`].
@@ -214,15 +251,15 @@ pub fn batched_gemm(
     });
 }
 
-/// The parallel product behind [`gemm`] and the layers: `C (+)= alpha * op(A) op(B) + bias`, `bias` of `n` values per
-/// row. Lengths are the caller's duty to check.
+/// The parallel product behind [`gemm`] and the layers: `C (+)= alpha * op(A) op(B)`, then the
+/// epilogue. Lengths are the caller's duty to check.
 pub(crate) fn multiply(
     d: &Gemm,
     alpha: f32,
     a: &[f32],
     b: &[f32],
     accumulate: bool,
-    bias: Option<&[f32]>,
+    epilogue: &Epilogue,
     c: &mut [f32],
     ws: &mut Workspace,
 ) {
@@ -231,10 +268,10 @@ pub(crate) fn multiply(
         return;
     }
     assert!(a.len() >= m * k && b.len() >= k * n && c.len() >= m * n, "operand shorter than its sizes");
-    assert!(bias.is_none_or(|bias| bias.len() >= n), "bias shorter than a row");
+    epilogue.check(m, n);
     let level = ws.level();
     let tasks = tasks_for(d.flops());
-    if tasks > 1 && k >= SPLIT_K && k >= 4 * m.min(n) && bias.is_none() && !d.trans_b {
+    if tasks > 1 && k >= SPLIT_K && k >= 4 * m.min(n) && epilogue.is_empty() && !d.trans_b {
         return split_k(d, alpha, a, b, accumulate, c, tasks, ws);
     }
     // Rows first; few rows and many columns are cut by columns.
@@ -288,8 +325,11 @@ pub(crate) fn multiply(
                 c: c_ptr.ptr().add(rows.start * n + cols.start),
                 ldc: n,
                 alpha,
+                pairs: false,
                 accumulate,
-                bias: bias.map_or(std::ptr::null(), |bias| bias.as_ptr().add(cols.start)),
+                bias: epilogue.bias.map_or(std::ptr::null(), |bias| bias.as_ptr().add(cols.start)),
+                residual: epilogue.residual.map_or(std::ptr::null(), |r| r.as_ptr().add(rows.start * n + cols.start)),
+                act: epilogue.act,
             };
             product_by_k_blocks(level, &p, k);
         }
@@ -334,8 +374,11 @@ fn split_k(
             c: unsafe { out.ptr().add(task * m * n) },
             ldc: n,
             alpha,
+            pairs: false,
             accumulate: false,
             bias: std::ptr::null(),
+            residual: std::ptr::null(),
+            act: Activation::Identity,
         };
         // SAFETY: rows `range` of the checked operands; the partial belongs to this task alone.
         unsafe { product_by_k_blocks(level, &p, range.len()) };

@@ -162,6 +162,31 @@ fn rstd_of(var: f32, eps: f32) -> f32 {
     (1.0 / (f64::from(var) + f64::from(eps)).sqrt()) as f32
 }
 
+/// Weights and bias of the convolution that computes `norm(conv(x, w) + bias)` with running statistics: `w·s` and
+/// `(bias − mean)·s + β`, s = γ/√(var + eps) per output channel (Jacob et al. 2018, eq. 14). `w` is `[c, …]`.
+pub fn fold_batch_norm(
+    w: &[f32],
+    bias: Option<&[f32]>,
+    gamma: &[f32],
+    beta: &[f32],
+    running_mean: &[f32],
+    running_var: &[f32],
+    eps: f32,
+    weights: &mut Vec<f32>,
+    offset: &mut Vec<f32>,
+) {
+    let c = gamma.len();
+    assert!(beta.len() == c && running_mean.len() == c && running_var.len() == c, "per-channel arrays are [c]");
+    assert!(w.len().is_multiple_of(c.max(1)) && bias.is_none_or(|b| b.len() == c), "weights are [c, ...]");
+    weights.clear();
+    offset.clear();
+    for (i, row) in w.chunks_exact((w.len() / c.max(1)).max(1)).enumerate() {
+        let scale = gamma[i] * rstd_of(running_var[i], eps);
+        weights.extend(row.iter().map(|v| v * scale));
+        offset.push((bias.map_or(0.0, |b| b[i]) - running_mean[i]) * scale + beta[i]);
+    }
+}
+
 /// VJP of [`batch_norm_train_forward`], through the batch statistics too. `dgamma` and `dbeta` are added to.
 pub fn batch_norm_train_backward(
     d: &Norm,

@@ -78,6 +78,19 @@ impl Simd for Avx512 {
         mul(a, b) = _mm512_mul_ps(a, b);
         div(a, b) = _mm512_div_ps(a, b);
         fma(a, b, c) = _mm512_fmadd_ps(a, b, c);
+        dot_bf16(a, b, c) = {
+            let (a, b) = (_mm512_castps_si512(a), _mm512_castps_si512(b));
+            let high = _mm512_set1_epi32(0xffff_0000_u32 as i32);
+            let a1 = _mm512_castsi512_ps(_mm512_and_si512(a, high));
+            let b1 = _mm512_castsi512_ps(_mm512_and_si512(b, high));
+            let a0 = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(a));
+            let b0 = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(b));
+            _mm512_fmadd_ps(a0, b0, _mm512_fmadd_ps(a1, b1, c))
+        };
+        dot_bf16_native(a, b, c) = {
+            let bits = |v: __m512| std::mem::transmute::<__m512, __m512bh>(v);
+            _mm512_dpbf16_ps(c, bits(a), bits(b))
+        };
         max(a, b) = _mm512_max_ps(a, b);
         min(a, b) = _mm512_min_ps(a, b);
         sqrt(a) = _mm512_sqrt_ps(a);
@@ -160,6 +173,15 @@ impl Simd for Avx2 {
         mul(a, b) = _mm256_mul_ps(a, b);
         div(a, b) = _mm256_div_ps(a, b);
         fma(a, b, c) = _mm256_fmadd_ps(a, b, c);
+        dot_bf16(a, b, c) = {
+            let (a, b) = (_mm256_castps_si256(a), _mm256_castps_si256(b));
+            let high = _mm256_set1_epi32(0xffff_0000_u32 as i32);
+            let a1 = _mm256_castsi256_ps(_mm256_and_si256(a, high));
+            let b1 = _mm256_castsi256_ps(_mm256_and_si256(b, high));
+            let a0 = _mm256_castsi256_ps(_mm256_slli_epi32::<16>(a));
+            let b0 = _mm256_castsi256_ps(_mm256_slli_epi32::<16>(b));
+            _mm256_fmadd_ps(a0, b0, _mm256_fmadd_ps(a1, b1, c))
+        };
         max(a, b) = _mm256_max_ps(a, b);
         min(a, b) = _mm256_min_ps(a, b);
         sqrt(a) = _mm256_sqrt_ps(a);

@@ -7,12 +7,13 @@ use std::collections::HashMap;
 
 use mcpipe_cpu::norm::{self, Norm};
 use mcpipe_cpu::{
-    Workspace, activation, attention, conv, elementwise, embedding, gemm, layout, linear, loss, pooling, resize,
-    separable, softmax,
+    Epilogue, Workspace, activation, attention, conv, elementwise, embedding, gemm, layout, linear, loss, pooling,
+    resize, separable, softmax,
 };
 
 use super::reference::{self, Tape};
 use super::{Arg, Backend, BackendError, Forward, Kernels, Vjp};
+use crate::fuse::FusedConv;
 use crate::graph::{Node, ValueId};
 use crate::op::{Op, Runner};
 
@@ -21,6 +22,8 @@ use crate::op::{Op, Runner};
 pub struct Cpu {
     kernels: Kernels,
     ws: Workspace,
+    /// Weights and bias of a convolution with its batch norm folded in.
+    folded: [Vec<f32>; 2],
     /// What dfdx's tapes left for the backward walk.
     tapes: HashMap<ValueId, Tape>,
 }
@@ -62,6 +65,10 @@ impl Backend for Cpu {
     type Buffer = Vec<f32>;
     type Ints = Vec<i32>;
 
+    fn fuses(&self) -> bool {
+        self.kernels == Kernels::Native
+    }
+
     fn grow(&mut self, buffer: &mut Vec<f32>, len: usize) {
         if buffer.len() < len {
             *buffer = vec![0.0; len];
@@ -102,6 +109,7 @@ impl Backend for Cpu {
         let saved = io.saved;
         match op {
             Op::Conv2d(d) => conv::conv2d_forward(d, x(0), x(1), io.ins.get(2).map(Arg::values), y, ws),
+            Op::FusedConv(f) => fused_conv(f, io.ins, y, &mut self.folded, ws),
             Op::Linear(d) => linear::linear_forward(d, x(0), x(1), io.ins.get(2).map(Arg::values), y, ws),
             Op::MatMul { dims, alpha } => gemm::gemm(dims, *alpha, x(0), x(1), 0.0, y, ws),
             Op::BatchNorm { dims, act, .. } => {
@@ -201,6 +209,29 @@ impl Backend for Cpu {
         let c = dims.c;
         norm::batch_norm_update_running(dims, momentum, &mean[..c], &rstd[..c], running_mean, running_var);
     }
+}
+
+/// A convolution with its batch norm folded in, then bias, residual and activation in one pass.
+fn fused_conv(
+    f: &FusedConv,
+    ins: &[Arg<'_, Cpu>],
+    y: &mut [f32],
+    [weights, offset]: &mut [Vec<f32>; 2],
+    ws: &mut Workspace,
+) {
+    let mut rest = ins[2..].iter().map(Arg::values);
+    let (x, w) = (ins[0].values(), ins[1].values());
+    let bias = if f.bias { rest.next() } else { None };
+    let (w, bias) = match f.norm {
+        Some(eps) => {
+            let [gamma, beta, mean, var] = std::array::from_fn(|_| rest.next().unwrap_or_default());
+            norm::fold_batch_norm(w, bias, gamma, beta, mean, var, eps, weights, offset);
+            (&weights[..], Some(&offset[..]))
+        }
+        None => (w, bias),
+    };
+    let residual = if f.residual { rest.next() } else { None };
+    conv::conv2d_fused_forward(&f.conv, x, w, &Epilogue { bias, residual, act: f.act }, y, ws);
 }
 
 fn pair(saved: &mut [Vec<f32>]) -> [&mut Vec<f32>; 2] {

@@ -93,6 +93,8 @@ pub trait Backend {
     /// Device memory of `i32`.
     type Ints: Default + std::fmt::Debug;
 
+    /// Whether evaluation graphs are to be fused: the backend then runs [`Op::FusedConv`](crate::op::Op::FusedConv).
+    fn fuses(&self) -> bool;
     /// Makes `buffer` hold at least `len` elements.
     fn grow(&mut self, buffer: &mut Self::Buffer, len: usize);
     /// Copies host values to the front of `buffer`.

@@ -14,6 +14,8 @@ pub(super) fn run(op: &Op, ins: &[Arg<'_, Cpu>], keep: bool) -> Result<Run<f32>,
     let ids = ins.get(1).map_or(&[][..], Arg::ids);
     let dfdx = match op {
         Op::Conv2d(d) => Dfdx::Conv2d(*d),
+        // Never asked for: an executor on reference kernels does not fuse.
+        Op::FusedConv(_) => return Err(bridge::BridgeError::Dims("a fused op has no formulation of its own")),
         Op::Linear(d) => Dfdx::Linear(*d),
         Op::MatMul { dims, alpha } => Dfdx::MatMul { dims: *dims, alpha: *alpha },
         Op::BatchNorm { dims, act, .. } => Dfdx::BatchNorm { dims: *dims, act: *act },

@@ -50,7 +50,7 @@ impl Sizes for FastVitSizes {
         positive_factor("mlp_ratio", self.mlp_ratio)?;
         rate("layer_scale", self.layer_scale, 1.0)?;
         rate("drop_path", self.drop_path, 0.95)?;
-        if let Some(pair) = self.dims.windows(2).find(|d| d[1] % d[0] != 0) {
+        if let Some(pair) = self.dims.windows(2).find(|d| !d[1].is_multiple_of(d[0])) {
             return Err(("dims", format!("{} is no multiple of {}", pair[1], pair[0])));
         }
         if !self.dims[3].is_multiple_of(HEAD_DIM) {
@@ -133,8 +133,9 @@ pub struct FastVit {
 impl FastVit {
     fn boxed(name: &'static str, defaults: &FastVitSizes, set: &toml::Table) -> Result<Box<dyn Backbone>, ModelError> {
         let sizes: FastVitSizes = decode(name, defaults, set)?;
-        // The folded form is published as much as the one that it is made from.
-        let published = FastVitSizes { reparam: false, ..sizes.clone() } == *defaults;
+        // How it is trained changes no shape, and timm makes the folded form under the same name.
+        let (layer_scale, drop_path) = (defaults.layer_scale, defaults.drop_path);
+        let published = FastVitSizes { reparam: false, layer_scale, drop_path, ..sizes.clone() } == *defaults;
         Ok(Box::new(FastVit { name, sizes, published }))
     }
 
