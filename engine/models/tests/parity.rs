@@ -217,9 +217,10 @@ impl Built {
         worst
     }
 
-    /// Loss within 1e-4 and every gradient within 1e-3 (or the fixture's own bar), relative. A gradient's distance is estimated from eight random
-    /// projections, whose mean square is an unbiased estimate of the squared distance. Where a batch norm follows, a
-    /// bias has no gradient: there ours is to be rounding noise, 1e-5 of the largest gradient.
+    /// Loss within 1e-4 and every gradient within 1e-3 (or the fixture's own bar), relative. A gradient's distance is
+    /// estimated from eight random projections, whose mean square is an unbiased estimate of the squared distance.
+    /// Where a batch norm follows, a bias has no gradient: there ours is to be rounding noise, 1e-5 of the largest
+    /// gradient.
     fn check_gradients(&self, executor: &mut Executor<Cpu>, store: &ParamStore, fixture: &Fixture) -> f32 {
         let loss = self.loss.as_ref().unwrap();
         let (value, expected) = (executor.value(loss)[0], fixture.values("loss")[0]);
