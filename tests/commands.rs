@@ -159,3 +159,19 @@ mcpipe: error: `nonsense` is neither a kind nor a component; kinds: backbone, te
 
 "#]]);
 }
+
+#[test]
+fn export_says_what_it_lacks() {
+    let bench = Bench::new();
+    bench.mcpipe(&["export", ".", "-o", "out.safetensors"]).assert().code(2).stdout_eq(str![]).stderr_eq(str![[r#"
+mcpipe: error: . holds no exported student; name `timm` in the pipeline's export.formats and run it again into this folder (finished stages are taken from the store)
+
+"#]]);
+    let (code, _, err) = bench.output(&["export", "--weights", "w.safetensors", "-o", "out.safetensors"]);
+    assert_eq!(code, 2);
+    assert!(err.contains("--backbone <NAME>"), "{err}");
+    let unknown = ["export", "--weights", "w.safetensors", "--backbone", "fastvit_mci9", "-o", "out.safetensors"];
+    let (code, _, err) = bench.output(&unknown);
+    assert_ne!(code, 0);
+    assert!(err.contains("did you mean `fastvit_mci"), "{err}");
+}

@@ -19,7 +19,7 @@ use crate::text::TextEncoder;
 use crate::weights::path_prefix;
 use crate::weights::{Entry, WeightsError, write_atomic, write_safetensors};
 
-pub use convert::{Conversion, Converted, Form, convert, described};
+pub use convert::{Conversion, Converted, Described, Form, convert, described};
 
 /// A trained student in a store. Paths are those that the models were built under.
 #[derive(Clone, Copy, Debug)]

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use mcpipe_graph::backend::Cpu;
 use mcpipe_graph::{Executor, Feed, GraphBuilder, Mode, ParamStore, Path};
 use mcpipe_models::export::{
-    Conversion, Form as Names, Student, StudentText, convert, described, export_open_clip, export_timm,
+    Conversion, Described, Form as Names, Student, StudentText, convert, described, export_open_clip, export_timm,
 };
 use mcpipe_models::projection::{Projection, ProjectionKind};
 use mcpipe_models::weights::NameMap;
@@ -247,7 +247,7 @@ fn exported_weights_are_converted_and_folded() {
     let folded_file = dir.path().join("folded.safetensors");
     for source in ["timm.safetensors", "open_clip_model.safetensors"] {
         let source = Checkpoint::open(&dir.path().join(source)).unwrap();
-        let (image, size) = described(&source).unwrap().unwrap();
+        let Described { backbone: image, image_size: size } = described(&source).unwrap().unwrap();
         assert_eq!((image.params(), size), (fastvit().params(), SIDE));
         for (form, path) in [(Names::Timm, ""), (Names::OpenClip, "visual.trunk")] {
             let to = Conversion { backbone: &*image, image_size: size, form, reparam: true };
@@ -261,7 +261,7 @@ fn exported_weights_are_converted_and_folded() {
                 Names::Timm => assert_eq!(done.left_out.len(), beside),
                 Names::OpenClip => assert!(done.left_out.is_empty() && done.written < done.read + beside),
             }
-            let (image, _) = described(&folded).unwrap().unwrap();
+            let image = described(&folded).unwrap().unwrap().backbone;
             assert_eq!(image.params()["reparam"].as_bool(), Some(true));
             let form = Form {
                 image: &*image,
@@ -300,7 +300,7 @@ fn conversions_that_make_no_sense_are_refused() {
     // Twice folded.
     convert(&source, &to(&*image, Names::Timm, true), &out).unwrap();
     let folded = Checkpoint::open(&out).unwrap();
-    let (plain, _) = described(&folded).unwrap().unwrap();
+    let plain = described(&folded).unwrap().unwrap().backbone;
     let again = convert(&folded, &to(&*plain, Names::Timm, true), &dir.path().join("twice.safetensors"));
     assert!(matches!(again, Err(WeightsError::Export(message)) if message.contains("no branches")));
 }

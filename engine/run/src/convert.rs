@@ -36,11 +36,11 @@ pub fn export(source: &ExportSource, form: Form, reparam: bool, output: &Path) -
         ExportSource::Described(path) => {
             let path = if path.is_dir() { of_run(path, form)? } else { path.clone() };
             let file = Checkpoint::open(&path)?;
-            let (model, size) = described(&file)?.ok_or_else(|| {
+            let noted = described(&file)?.ok_or_else(|| {
                 let path = path.display();
                 RunError::Usage(format!("{path} does not say whose weights it holds; give --backbone and --weights"))
             })?;
-            (file, model, size)
+            (file, noted.backbone, noted.image_size)
         }
         ExportSource::Weights { file, backbone: name, params, image_size } => {
             let params: toml::Table =

@@ -3,8 +3,8 @@
 use mcpipe_data::rng::Rng;
 use mcpipe_graph::StochasticInput;
 
-/// The masks of `step` over a batch of `parts` equal parts, one for each stochastic input. A sample's draws depend on its
-/// place in the batch alone: both forwards over a part, and any number of parts, see the same.
+/// The masks of `step` over a batch of `parts` equal parts, one for each stochastic input. A sample's draws depend on
+/// its place in the batch alone: both forwards over a part, and any number of parts, see the same.
 pub(crate) fn drop_masks(inputs: &[StochasticInput], parts: usize, seed: u64, step: u64) -> Vec<Vec<f32>> {
     let mut masks: Vec<Vec<f32>> = inputs.iter().map(|i| Vec::with_capacity(i.samples * parts)).collect();
     let samples = inputs.first().map_or(0, |i| i.samples * parts);

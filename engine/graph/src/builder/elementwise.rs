@@ -56,8 +56,8 @@ impl GraphBuilder {
         self.op(Op::Exp, &[x], x.shape.clone())
     }
 
-    /// `x [B, …, C]` times `s` per channel: one factor per image and channel if `s` is `[B, C]` (squeeze-and-excitation),
-    /// else `s` holds C values for all of them (layer scale).
+    /// `x [B, …, C]` times `s` per channel: one factor per image and channel if `s` is `[B, C]` (squeeze-and-
+    /// excitation), else `s` holds C values for all of them (layer scale).
     ///
     /// # Errors
     /// `s` is neither.

@@ -55,11 +55,20 @@ pub struct Converted {
     pub left_out: Vec<String>,
 }
 
-/// The backbone and the side of its images that mcpipe noted in a file that it exported; none in another's file.
+/// Whose weights a file that mcpipe exported holds.
+#[derive(Debug)]
+pub struct Described {
+    /// The backbone.
+    pub backbone: Box<dyn Backbone>,
+    /// Side of its images.
+    pub image_size: usize,
+}
+
+/// What mcpipe noted in a file that it exported; none in another's file.
 ///
 /// # Errors
 /// A note of a backbone that this program does not know.
-pub fn described(source: &Checkpoint) -> Result<Option<(Box<dyn Backbone>, usize)>, WeightsError> {
+pub fn described(source: &Checkpoint) -> Result<Option<Described>, WeightsError> {
     let note = |key: &str| source.metadata().get(key);
     let (Some(name), Some(params), Some(size)) =
         (note("mcpipe.backbone"), note("mcpipe.params"), note("mcpipe.image_size"))
@@ -71,9 +80,9 @@ pub fn described(source: &Checkpoint) -> Result<Option<(Box<dyn Backbone>, usize
         message: format!("its notes can't be read: {why}"),
     };
     let params: toml::Table = serde_json::from_str(params).map_err(|e| unreadable(e.to_string()))?;
-    let size = size.parse().map_err(|_| unreadable(format!("`{size}` is no image size")))?;
+    let image_size = size.parse().map_err(|_| unreadable(format!("`{size}` is no image size")))?;
     let backbone = backbone(name, &params).map_err(|e| unreadable(e.to_string()))?;
-    Ok(Some((backbone, size)))
+    Ok(Some(Described { backbone, image_size }))
 }
 
 /// The trunk's parameters without values, the head's among them where `dim` outputs are known.

@@ -50,10 +50,10 @@ impl Sizes for FastVitSizes {
         positive_factor("mlp_ratio", self.mlp_ratio)?;
         rate("layer_scale", self.layer_scale, 1.0)?;
         rate("drop_path", self.drop_path, 0.95)?;
-        if let Some(pair) = self.dims.windows(2).find(|d| d[1] % d[0] != 0) {
+        if let Some(pair) = self.dims.windows(2).find(|d| !d[1].is_multiple_of(d[0])) {
             return Err(("dims", format!("{} is no multiple of {}", pair[1], pair[0])));
         }
-        if self.dims[3] % HEAD_DIM != 0 {
+        if !self.dims[3].is_multiple_of(HEAD_DIM) {
             return Err(("dims", format!("the last, {}, is no multiple of a head's {HEAD_DIM}", self.dims[3])));
         }
         if self.dims.iter().any(|&d| self.hidden(d) == 0) {

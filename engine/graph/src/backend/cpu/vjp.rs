@@ -329,7 +329,8 @@ fn weights_vjp(g: &mut Targets<'_, '_>, run: impl FnOnce(&mut [f32], Option<&mut
     g.put(2, db);
 }
 
-/// Runs a norm's VJP over `len` values of `c` channels, whose three gradients come from one pass; targets that nobody wants go to scratch.
+/// Runs a norm's VJP over `len` values of `c` channels, whose three gradients come from one pass; targets that nobody
+/// wants go to scratch.
 fn norm_vjp(g: &mut Targets<'_, '_>, [len, c]: [usize; 2], run: impl FnOnce(&mut [f32], bool, &mut [f32], &mut [f32])) {
     let add = g.accumulate(0);
     let mut dx = g.take_at_least(0, len);
