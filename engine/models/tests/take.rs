@@ -263,3 +263,25 @@ fn conversions_that_make_no_sense_are_refused() {
     let options = ConvertOptions { form: Some(Form::OpenClip), ..ConvertOptions::default() };
     assert!(convert(&strange, options).unwrap_err().to_string().contains("--backbone"));
 }
+
+/// A teacher's towers at another image size and context.
+#[test]
+fn loading_resizes_positions_of_both_towers() {
+    let bench = Bench::new();
+    let vit = vit(SMALL);
+    let theirs = store(vit.as_ref(), "visual", 16, None, 1);
+    let file = bench.write(&theirs);
+    let mut ours = store(vit.as_ref(), "visual", 32, None, 2);
+    let names = NameMap::new().and_image(&file, "visual");
+    let before = ours.get("visual.ln_pre.weight").unwrap().data.clone();
+    assert!(matches!(file.load(&mut ours, &names), Err(WeightsError::Mismatch { .. })));
+    assert_eq!(ours.get("visual.ln_pre.weight").unwrap().data, before);
+    file.load_resized(&mut ours, &names).unwrap();
+    let of = |store: &ParamStore, name: &str| store.get(name).unwrap().data.clone();
+    assert_eq!(of(&ours, "visual.conv1.weight"), of(&theirs, "visual.conv1.weight"));
+    let (old, new) = (of(&theirs, "visual.positional_embedding"), of(&ours, "visual.positional_embedding"));
+    assert_eq!((new.len(), &new[..16]), (17 * 16, &old[..16]));
+    // A resized grid keeps its mean, as its filter's weights sum to one and lie symmetrically.
+    let mean = |grid: &[f32]| grid.iter().map(|&v| f64::from(v)).sum::<f64>() / grid.len() as f64;
+    assert!((mean(&new[16..]) - mean(&old[16..])).abs() < 1e-6);
+}

@@ -54,7 +54,7 @@ pub struct Weights {
 }
 
 /// Reads the weights of towers from a file under timm's and open_clip's names. All their parameters must be there
-/// with their shapes; whatever else the file holds is left.
+/// with their shapes, but for position embeddings where `resize_position`; whatever else the file holds is left.
 ///
 /// # Errors
 /// A file that can't be read or whose tensors are not the model's.
@@ -62,6 +62,7 @@ pub fn read_weights(
     path: &Path,
     image: Option<(&dyn ImageTower, &str)>,
     text: Option<&dyn TextTower>,
+    resize_position: bool,
 ) -> Result<Weights, RunError> {
     let file = Checkpoint::open(path)?;
     let mut store = ParamStore::default();
@@ -74,7 +75,11 @@ pub fn read_weights(
         declare(&mut store, &text_graph(tower)?);
         names = names.and_text(&file, TEXT);
     }
-    file.load(&mut store, &names)?;
+    if resize_position {
+        file.load_resized(&mut store, &names)?;
+    } else {
+        file.load(&mut store, &names)?;
+    }
     let logit_scale = file.values(LOGIT_SCALE)?.and_then(|v| v.first().map(|&log| f64::from(log).exp()));
     Ok(Weights { store, logit_scale })
 }

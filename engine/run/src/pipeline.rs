@@ -219,7 +219,7 @@ fn check_weights(document: &Document, models: &Models, found: &mut Vec<Diagnosti
         if !check_file(document, &path, &load.weights, found) {
             continue;
         }
-        match read_weights(&load.weights, image, text) {
+        match read_weights(&load.weights, image, text, load.resize_position) {
             Err(error) => found.push(of_weights(document, &path, &error)),
             Ok(weights) if weights.logit_scale.is_none() && load.logit_scale.is_none() => {
                 let message = "the weights hold no logit scale";
@@ -235,7 +235,7 @@ fn check_weights(document: &Document, models: &Models, found: &mut Vec<Diagnosti
     }
     if let StudentText::File(tower, file) = &models.student.text
         && check_file(document, "text.weights", file, found)
-        && let Err(error) = read_weights(file, None, Some(tower))
+        && let Err(error) = read_weights(file, None, Some(tower), false)
     {
         found.push(of_weights(document, "text.weights", &error));
     }

@@ -158,7 +158,7 @@ fn student_text_at(
         StudentText::File(tower, file) => {
             let store = || match frozen {
                 Frozen::ShapesOnly => Ok(declared(&[text_graph(tower)?])),
-                Frozen::Results(_) => Ok(read_weights(file, None, Some(tower))?.store),
+                Frozen::Results(_) => Ok(read_weights(file, None, Some(tower), false)?.store),
             };
             texts.position(None, tower, store, settings)
         }

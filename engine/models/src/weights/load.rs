@@ -2,6 +2,7 @@
 
 use mcpipe_graph::ParamStore;
 
+use super::take::{TakeOptions, change};
 use super::{Checkpoint, Mismatch, WeightsError};
 
 /// Which names of a file are which parameters of a store: prefixes of both, the file's longest match deciding. Names
@@ -91,6 +92,23 @@ impl Checkpoint {
     /// # Errors
     /// [`WeightsError::Mismatch`] with every missing, unexpected and wrong-shape name; element types that are not read.
     pub fn load(&self, store: &mut ParamStore, names: &NameMap) -> Result<Loaded, WeightsError> {
+        self.load_with(store, names, &TakeOptions::default())
+    }
+
+    /// As [`load`](Self::load), with position embeddings resized to the model's grid or context.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn load_resized(&self, store: &mut ParamStore, names: &NameMap) -> Result<Loaded, WeightsError> {
+        self.load_with(store, names, &TakeOptions { resize_position: true, ..TakeOptions::default() })
+    }
+
+    fn load_with(
+        &self,
+        store: &mut ParamStore,
+        names: &NameMap,
+        options: &TakeOptions,
+    ) -> Result<Loaded, WeightsError> {
         let mut mismatch = Mismatch::default();
         let mut values = Vec::new();
         let mut not_asked_for = 0;
@@ -102,10 +120,10 @@ impl Checkpoint {
             let shape = self.shape(name).unwrap_or_default();
             match store.get(&target) {
                 None => mismatch.unexpected.push(name.to_owned()),
-                Some(p) if !same_shape(shape, &p.shape) => {
-                    mismatch.wrong_shape.push((name.to_owned(), shape.to_vec(), p.shape.clone()));
-                }
-                Some(_) => values.push((name, target)),
+                Some(p) => match change(p, name, shape, options) {
+                    Some(how) => values.push((name, target, how)),
+                    None => mismatch.wrong_shape.push((name.to_owned(), shape.to_vec(), p.shape.clone())),
+                },
             }
         }
         for p in store.params() {
@@ -119,10 +137,10 @@ impl Checkpoint {
             return Err(WeightsError::Mismatch { path: self.path().to_owned(), mismatch: Box::new(mismatch) });
         }
         let taken = values.len();
-        let read = values.into_iter().map(|(name, target)| Ok((target, self.values(name)?)));
-        for (target, data) in read.collect::<Result<Vec<_>, WeightsError>>()? {
-            if let (Some(p), Some(data)) = (store.get_mut(&target), data) {
-                p.data = data;
+        let read = values.into_iter().map(|(name, target, how)| Ok((name, target, how, self.values(name)?)));
+        for (name, target, how, data) in read.collect::<Result<Vec<_>, WeightsError>>()? {
+            if let (Some(p), Some(data), Some(shape)) = (store.get_mut(&target), data, self.shape(name)) {
+                p.data = how.apply(data, shape, &p.shape);
             }
         }
         Ok(Loaded { taken, not_asked_for })

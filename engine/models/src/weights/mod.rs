@@ -53,7 +53,7 @@ pub enum WeightsError {
         message: String,
     },
     /// The file is damaged.
-    #[error("{}: damaged, or no weight file: {message}", .path.display())]
+    #[error("{}: damaged: {message}", .path.display())]
     Corrupt {
         /// File.
         path: PathBuf,

@@ -249,6 +249,10 @@ fn unpack(packed: &[u8]) -> Result<Vec<u8>, String> {
 
 fn read_safetensors(file: &[u8], metadata: &mut HashMap<String, String>) -> Result<Contents, Problem> {
     let corrupt = |message: String| Problem::Corrupt(format!("not a whole safetensors file: {message}"));
+    // The header, an object in JSON, comes behind its length.
+    if file.get(8).is_some_and(|&b| b != b'{') {
+        return Err(Problem::Kind("is no weight file: neither safetensors nor a PyTorch checkpoint".into()));
+    }
     let (header, info) = SafeTensors::read_metadata(file).map_err(|e| corrupt(e.to_string()))?;
     let data = 8 + header;
     if data + info.data_len() != file.len() {

@@ -57,8 +57,9 @@ struct Item {
     how: How,
 }
 
+/// What becomes of a tensor.
 #[derive(Clone, Debug, PartialEq)]
-enum How {
+pub(super) enum How {
     Same,
     /// Another number of positions (the second axis from behind), then the places kept of each axis.
     Changed {
@@ -68,7 +69,7 @@ enum How {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Positions {
+pub(super) enum Positions {
     Grid(usize),
     Line,
 }
@@ -183,10 +184,7 @@ impl Checkpoint {
         let mut store = ParamStore::default();
         for item in &takeover.items {
             let (Some(values), Some(shape)) = (self.values(&item.source)?, self.shape(&item.source)) else { continue };
-            let data = match &item.how {
-                How::Same => values,
-                How::Changed { positions, kept } => changed(values, shape, &item.shape, *positions, kept.as_deref()),
-            };
+            let data = item.how.apply(values, shape, &item.shape);
             if let Some(param) = target.params.get(&item.target) {
                 store.insert(Param { data, ..param.clone() });
             }
@@ -206,8 +204,18 @@ const HEAD: &str = "`resize = [\"head\"]` leaves the file's head and starts the 
 const POSITION: &str = "`resize = [\"position\"]` resizes the position embedding to the model's grid";
 const INHERIT: &str = "`inherit = true` takes layers and channels of a larger model of the same family";
 
+impl How {
+    /// The parameter of shape `to` from the values of a tensor of shape `from`.
+    pub(super) fn apply(&self, values: Vec<f32>, from: &[usize], to: &[usize]) -> Vec<f32> {
+        match self {
+            How::Same => values,
+            How::Changed { positions, kept } => changed(values, from, to, *positions, kept.as_deref()),
+        }
+    }
+}
+
 /// How a tensor of `shape` becomes the parameter; none where it does not.
-fn change(param: &Param, name: &str, shape: &[usize], options: &TakeOptions) -> Option<How> {
+pub(super) fn change(param: &Param, name: &str, shape: &[usize], options: &TakeOptions) -> Option<How> {
     if same_shape(shape, &param.shape) {
         return Some(How::Same);
     }

@@ -124,7 +124,7 @@ impl Stage for Export {
                 ExportFormat::OpenClip => {
                     let graph = text_graph(&model.text_tower)?;
                     let text = match (&model.text, self.text_stage()) {
-                        (StudentText::File(tower, file), _) => read_weights(file, None, Some(tower))?,
+                        (StudentText::File(tower, file), _) => read_weights(file, None, Some(tower), false)?,
                         (_, Some(stage)) => read_own(&context.input(&stage)?.join(WEIGHTS), &[graph])?,
                         (_, None) => return Err(RunError::Plan("the student's text tower has no weights".into())),
                     };

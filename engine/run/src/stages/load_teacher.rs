@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use mcpipe_spec::Teacher;
+use mcpipe_spec::{LoadTeacher as LoadTeacherSpec, Teacher};
 use mcpipe_train::{ImageTower, TextTower};
 use serde_json::{Value, json};
 
@@ -25,7 +25,7 @@ pub const NAME: &str = "load_teacher";
 /// `load_teacher`.
 pub const STAGE: StageDef = StageDef {
     name: NAME,
-    summary: "Loads a teacher's weights from a safetensors file",
+    summary: "Loads a teacher's weights from a file",
     declare: |resolved| {
         let load = |(at, teacher): (usize, &Teacher)| match teacher {
             Teacher::Load(_) => Some(Box::new(LoadTeacher { resolved: Arc::clone(resolved), at }) as Box<dyn Stage>),
@@ -42,9 +42,9 @@ struct LoadTeacher {
 }
 
 impl LoadTeacher {
-    fn file(&self) -> Result<&std::path::Path, RunError> {
+    fn spec(&self) -> Result<&LoadTeacherSpec, RunError> {
         match &self.resolved.spec().teachers[self.at] {
-            Teacher::Load(teacher) => Ok(&teacher.weights),
+            Teacher::Load(teacher) => Ok(teacher),
             _ => Err(RunError::Plan("a teacher that has no weight file is loaded".into())),
         }
     }
@@ -68,10 +68,13 @@ impl Stage for LoadTeacher {
     }
 
     fn settings(&self) -> Result<Value, RunError> {
-        let file = self.file()?;
+        let load = self.spec()?;
+        let file = load.weights.as_path();
         let (digest, _) = file_digest(file).map_err(|e| RunError::read(file, e))?;
         let spec = &self.resolved.spec().teachers[self.at];
-        Ok(json!({ "file": digest, "image": spec.image(), "text": spec.text(), "dim": spec.dim() }))
+        Ok(
+            json!({ "file": [json!(digest), json!(load.resize_position)], "image": spec.image(), "text": spec.text(), "dim": spec.dim() }),
+        )
     }
 
     fn load(&self) -> Load {
@@ -90,7 +93,8 @@ impl Stage for LoadTeacher {
             Some(TextSide::Own(tower)) => Some(tower as &dyn TextTower),
             _ => None,
         };
-        let weights = read_weights(self.file()?, image, text)?;
+        let load = self.spec()?;
+        let weights = read_weights(&load.weights, image, text, load.resize_position)?;
         write_weights(&context.dir.join(WEIGHTS), &weights.store, weights.logit_scale, &[])?;
         let record = model_record(model, None)?;
         write_json(&context.dir.join(MODEL), &record)?;

@@ -79,6 +79,9 @@ pub struct LoadTeacher {
     /// File with the weights under timm's and open_clip's names.
     #[schemars(extend("x-mcpipe-path" = true, "minLength" = 1))]
     pub weights: PathBuf,
+    /// Resize the file's position embeddings to the towers' grid and context, as timm and open_clip do.
+    #[serde(default)]
+    pub resize_position: bool,
 }
 
 /// The running average of the student as its own teacher.

@@ -37,7 +37,8 @@ pub struct WeightsTable {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub resize: Vec<Resize>,
     /// The file is of a larger model of the same family: of its layers those at even distances are taken, the first and
-    /// the last among them, of its channels the leading ones (after TinyCLIP's manual inheritance).
+    /// the last among them, of its channels the leading ones, and its position embedding is resized (after TinyCLIP's
+    /// manual inheritance).
     #[serde(default)]
     pub inherit: bool,
 }
