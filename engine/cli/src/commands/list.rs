@@ -47,21 +47,54 @@ fn text(list: &[&Component]) -> String {
             continue;
         }
         let _ = writeln!(out, "{}{}", if out.is_empty() { "" } else { "\n" }, kind.noun().to_uppercase());
+        let width = of.iter().map(|c| c.name.len()).max().unwrap_or_default().max(16) + 2;
+        let mut first: Option<(&str, Value)> = None;
         for component in of {
-            let _ = writeln!(out, "  {:<18}{}", component.name, component.summary);
-            parameters(&mut out, &component_schema(component));
+            let _ = writeln!(out, "  {:<width$}{}", component.name, component.summary);
+            let schema = component_schema(component);
+            match &first {
+                // Sizes of one family: what they share was said above.
+                Some((name, shown)) if names(shown).eq(names(&schema)) && names(&schema).next().is_some() => {
+                    for line in wrap(&differing(name, shown, &schema), 92) {
+                        let _ = writeln!(out, "      {line}");
+                    }
+                }
+                _ => {
+                    parameters(&mut out, &schema);
+                    first = Some((component.name, schema));
+                }
+            }
         }
     }
     out
 }
 
+fn properties(schema: &Value) -> impl Iterator<Item = (&String, &Value)> {
+    schema.get("properties").and_then(Value::as_object).into_iter().flatten()
+}
+
+fn names(schema: &Value) -> impl Iterator<Item = &String> {
+    properties(schema).map(|(name, _)| name)
+}
+
+/// `parameters as NAME, but a = 1, b = 2`.
+fn differing(name: &str, shown: &Value, schema: &Value) -> String {
+    let default = |p: &Value| p.get("default").cloned().unwrap_or_default();
+    let others = properties(shown).zip(properties(schema)).filter(|((_, a), (_, b))| default(a) != default(b));
+    let list: Vec<String> = others.map(|(_, (name, p))| format!("{name} = {}", default(p))).collect();
+    if list.is_empty() {
+        format!("parameters as {name}")
+    } else {
+        format!("parameters as {name}, but {}", list.join(", "))
+    }
+}
+
 fn parameters(out: &mut String, schema: &Value) {
-    let Some(properties) = schema.get("properties").and_then(Value::as_object) else { return };
     let required = |name: &str| {
         let list = schema.get("required").and_then(Value::as_array);
         list.is_some_and(|list| list.iter().any(|r| r == name))
     };
-    for (name, property) in properties {
+    for (name, property) in properties(schema) {
         let value = match property.get("default") {
             Some(default) => format!("= {default}"),
             None if required(name) => "(required)".to_owned(),
