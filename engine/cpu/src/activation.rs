@@ -14,10 +14,14 @@ pub enum Activation {
     Identity,
     /// max(x, 0).
     Relu,
+    /// min(max(x, 0), 6).
+    Relu6,
     /// x·σ(x) (swish).
     Silu,
     /// x·Φ(x) with the exact normal distribution function (torch's default `approximate="none"`).
     Gelu,
+    /// x·(1 + tanh(√(2/π)·(x + 0.044715·x³)))/2 (torch's `approximate="tanh"`).
+    GeluTanh,
     /// x·σ(1.702·x), the form of OpenAI's CLIP.
     QuickGelu,
     /// x·clamp(x + 3, 0, 6)/6.
@@ -32,11 +36,13 @@ pub enum Activation {
 
 impl Activation {
     /// Every activation.
-    pub const ALL: [Activation; 9] = [
+    pub const ALL: [Activation; 11] = [
         Activation::Identity,
         Activation::Relu,
+        Activation::Relu6,
         Activation::Silu,
         Activation::Gelu,
+        Activation::GeluTanh,
         Activation::QuickGelu,
         Activation::HardSwish,
         Activation::HardSigmoid,
@@ -58,12 +64,20 @@ macro_rules! with_act {
                 type $act = $crate::vmath::Relu;
                 $body
             }
+            $crate::activation::Activation::Relu6 => {
+                type $act = $crate::vmath::Relu6;
+                $body
+            }
             $crate::activation::Activation::Silu => {
                 type $act = $crate::vmath::Silu;
                 $body
             }
             $crate::activation::Activation::Gelu => {
                 type $act = $crate::vmath::Gelu;
+                $body
+            }
+            $crate::activation::Activation::GeluTanh => {
+                type $act = $crate::vmath::GeluTanh;
                 $body
             }
             $crate::activation::Activation::QuickGelu => {

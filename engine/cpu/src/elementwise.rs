@@ -219,20 +219,21 @@ fn scale_add(factor: f32, x: &[f32], y: &mut [f32], accumulate: bool) {
     y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(y, x)| scale_chunk(level, factor, x, y, accumulate));
 }
 
-/// y[b, i, c] = x[b, i, c]·s[b, c]; x [B, HW, C], s [B, C] (squeeze-and-excitation).
+/// y[b, i, c] = x[b, i, c]·s[b, c]; x [B, HW, C], s [B, C] (squeeze-and-excitation; with a batch of 1, layer scale).
 pub fn channel_scale_forward(batch: usize, hw: usize, c: usize, x: &[f32], s: &[f32], y: &mut [f32]) {
     assert!(x.len() == batch * hw * c && y.len() == x.len(), "x and y are [B, HW, C]");
     assert_eq!(s.len(), batch * c, "s is [B, C]");
     if y.is_empty() {
         return;
     }
-    let level = Level::active();
-    y.par_chunks_mut(hw * c)
-        .zip(x.par_chunks(hw * c).zip(s.par_chunks(c)))
-        .for_each(|(y, (x, s))| mul_rows_chunk(level, s, x, y, false));
+    let (level, chunk) = (Level::active(), row_chunk(c));
+    y.par_chunks_mut(hw * c).zip(x.par_chunks(hw * c).zip(s.par_chunks(c))).for_each(|(y, (x, s))| {
+        y.par_chunks_mut(chunk).zip(x.par_chunks(chunk)).for_each(|(y, x)| mul_rows_chunk(level, s, x, y, false));
+    });
 }
 
-/// VJP of [`channel_scale_forward`]: dx (+)= dy·s, ds (+)= Σ over space of dy·x.
+/// VJP of [`channel_scale_forward`]: dx (+)= dy·s, ds (+)= Σ over space of dy·x. Each chunk of rows leaves a partial
+/// sum for ds; these are added in order, in `f64`.
 pub fn channel_scale_backward(
     batch: usize,
     hw: usize,
@@ -244,20 +245,50 @@ pub fn channel_scale_backward(
     accumulate_x: bool,
     ds: &mut [f32],
     accumulate_s: bool,
+    ws: &mut Workspace,
 ) {
     assert!(x.len() == batch * hw * c && dy.len() == x.len() && dx.len() == x.len(), "x, dy and dx are [B, HW, C]");
     assert!(s.len() == batch * c && ds.len() == s.len(), "s and ds are [B, C]");
     if dx.is_empty() {
+        if !accumulate_s {
+            ds.fill(0.0);
+        }
+        return;
+    }
+    let (level, chunk, image) = (ws.level(), row_chunk(c), hw * c);
+    let partials = ws.take(batch * image.div_ceil(chunk) * c);
+    let own = partials.len() / batch;
+    dx.par_chunks_mut(image)
+        .zip(x.par_chunks(image).zip(dy.par_chunks(image)))
+        .zip(s.par_chunks(c).zip(ds.par_chunks_mut(c)))
+        .zip(partials.par_chunks_mut(own))
+        .for_each(|(((dx, (x, dy)), (s, ds)), partials)| {
+            dx.par_chunks_mut(chunk)
+                .zip(x.par_chunks(chunk).zip(dy.par_chunks(chunk)))
+                .zip(partials.par_chunks_mut(c))
+                .for_each(|((dx, (x, dy)), partial)| {
+                    mul_rows_chunk(level, s, dy, dx, accumulate_x);
+                    dot_rows_chunk(level, x, dy, partial, false);
+                });
+            for (i, ds) in ds.iter_mut().enumerate() {
+                let sum: f64 = partials.chunks_exact(c).map(|p| f64::from(p[i])).sum();
+                *ds = if accumulate_s { *ds + sum as f32 } else { sum as f32 };
+            }
+        });
+}
+
+/// y[b, i] (+)= x[b, i]·m[b]; x [B, len], m \[B\] (stochastic depth's mask). The VJP for x is the same with dy for x.
+pub fn scale_samples(batch: usize, len: usize, x: &[f32], m: &[f32], y: &mut [f32], accumulate: bool) {
+    assert!(x.len() == batch * len && y.len() == x.len(), "x and y are [B, len]");
+    assert_eq!(m.len(), batch, "m is [B]");
+    if y.is_empty() {
         return;
     }
     let level = Level::active();
-    dx.par_chunks_mut(hw * c)
-        .zip(x.par_chunks(hw * c).zip(dy.par_chunks(hw * c)))
-        .zip(s.par_chunks(c).zip(ds.par_chunks_mut(c)))
-        .for_each(|((dx, (x, dy)), (s, ds))| {
-            mul_rows_chunk(level, s, dy, dx, accumulate_x);
-            dot_rows_chunk(level, x, dy, ds, accumulate_s);
-        });
+    y.par_chunks_mut(len).zip(x.par_chunks(len)).zip(m.par_iter()).for_each(|((y, x), m)| {
+        let chunks = y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK));
+        chunks.for_each(|(y, x)| scale_chunk(level, *m, x, y, accumulate));
+    });
 }
 
 /// y = x/max(‖x‖₂, [`NORM_EPS`]) for each row of [R, C]; `norm` \[R\] keeps ‖x‖₂.

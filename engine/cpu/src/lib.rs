@@ -20,6 +20,7 @@ pub mod pooling;
 mod reduce;
 pub mod reference;
 pub mod resize;
+pub mod separable;
 pub mod sigmoid_loss;
 pub mod simd;
 mod small_gemm;

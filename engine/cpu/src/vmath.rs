@@ -65,6 +65,16 @@ fn hard_sigmoid<S: Simd>(s: S, x: S::V) -> S::V {
     s.mul(s.min(s.splat(6.0), s.max(s.zero(), shifted)), s.splat(1.0 / 6.0))
 }
 
+/// 2·√(2/π).
+const GELU_TANH: f32 = 1.595_769;
+
+/// 2·√(2/π)·(x + 0.044715·x³): (1 + tanh z)/2 = σ(2z), which keeps the lower tail's relative precision.
+#[inline(always)]
+fn gelu_tanh_argument<S: Simd>(s: S, x: S::V) -> S::V {
+    // 2·√(2/π)·0.044715
+    s.mul(x, s.fma(s.mul(x, x), s.splat(0.071_354_814), s.splat(GELU_TANH)))
+}
+
 /// A scalar function and its derivative, on vectors.
 pub(crate) trait Act: Copy + Send + Sync + 'static {
     /// f(x).
@@ -93,6 +103,10 @@ macro_rules! acts {
 acts! {
     Identity: _s, x => x, { let _ = x; _s.splat(1.0) };
     Relu: s, x => s.select_gt(s.zero(), x, s.zero(), x), s.select_gt(x, s.zero(), s.splat(1.0), s.zero());
+    Relu6: s, x => s.min(s.splat(6.0), s.max(s.zero(), x)), {
+        let inside = s.select_gt(s.splat(6.0), x, s.splat(1.0), s.zero());
+        s.select_gt(x, s.zero(), inside, s.zero())
+    };
     Silu: s, x => s.mul(x, sigmoid(s, x)), {
         let y = sigmoid(s, x);
         let one = s.splat(1.0);
@@ -101,6 +115,15 @@ acts! {
     Gelu: s, x => s.mul(x, normal(s, x).0), {
         let (cdf, density) = normal(s, x);
         s.fma(x, density, cdf)
+    };
+    GeluTanh: s, x => s.mul(x, sigmoid(s, gelu_tanh_argument(s, x))), {
+        // Beyond ±20 the slope is 0 or 1 already; the bound keeps the products finite.
+        let x = s.min(s.splat(20.0), s.max(s.splat(-20.0), x));
+        let y = sigmoid(s, gelu_tanh_argument(s, x));
+        let one = s.splat(1.0);
+        // The argument's derivative: 2·√(2/π)·(1 + 3·0.044715·x²).
+        let rise = s.fma(s.mul(x, x), s.splat(0.214_066_12), s.splat(GELU_TANH));
+        s.mul(y, s.fma(s.mul(x, rise), s.sub(one, y), one))
     };
     QuickGelu: s, x => s.mul(x, sigmoid(s, s.mul(x, s.splat(1.702)))), {
         let scaled = s.mul(x, s.splat(1.702));

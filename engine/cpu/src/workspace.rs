@@ -13,6 +13,8 @@ const LINE: usize = 16;
 pub struct Workspace {
     level: Level,
     memory: Vec<f32>,
+    /// What [`lend`](Workspace::lend) gives away.
+    lent: Vec<f32>,
 }
 
 impl Default for Workspace {
@@ -29,7 +31,7 @@ impl Workspace {
 
     /// An empty workspace whose kernels run at `level`.
     pub fn with_level(level: Level) -> Self {
-        Workspace { level, memory: Vec::new() }
+        Workspace { level, memory: Vec::new(), lent: Vec::new() }
     }
 
     /// The SIMD level that kernels given this workspace run at.
@@ -61,9 +63,24 @@ impl Workspace {
         })
     }
 
+    /// A buffer of at least `len` elements for a kernel that calls another one with this workspace; contents
+    /// unspecified. It comes back by [`give_back`](Self::give_back).
+    pub(crate) fn lend(&mut self, len: usize) -> Vec<f32> {
+        let mut buffer = std::mem::take(&mut self.lent);
+        if buffer.len() < len {
+            buffer = vec![0.0; len];
+        }
+        buffer
+    }
+
+    /// Takes a buffer of [`lend`](Self::lend) back, for the next call.
+    pub(crate) fn give_back(&mut self, buffer: Vec<f32>) {
+        self.lent = buffer;
+    }
+
     /// Bytes held.
     pub fn bytes(&self) -> usize {
-        self.memory.capacity() * size_of::<f32>()
+        (self.memory.capacity() + self.lent.capacity()) * size_of::<f32>()
     }
 }
 

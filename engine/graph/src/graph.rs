@@ -95,12 +95,24 @@ pub struct ParamSpec {
     pub kind: ParamKind,
 }
 
+/// An input that each training step draws anew: the mask of a [`drop_path`](crate::GraphBuilder::drop_path).
+#[derive(Clone, Debug, PartialEq)]
+pub struct StochasticInput {
+    /// Name that it is fed under.
+    pub name: String,
+    /// Probability that a sample is kept: the mask is `1/keep` there, else 0.
+    pub keep: f32,
+    /// Samples: the mask's length.
+    pub samples: usize,
+}
+
 /// A tensor-op DAG for one training or evaluation step. Node indices are a topological order.
 #[derive(Clone, Debug)]
 pub struct StepGraph {
     pub(crate) dag: DiGraph<Node, usize>,
     pub(crate) params: Vec<ParamSpec>,
     pub(crate) outputs: Vec<(String, Tensor)>,
+    pub(crate) stochastic: Vec<StochasticInput>,
 }
 
 impl StepGraph {
@@ -127,6 +139,11 @@ impl StepGraph {
     /// Named outputs, in order of marking.
     pub fn outputs(&self) -> &[(String, Tensor)] {
         &self.outputs
+    }
+
+    /// Inputs to be drawn anew for each step, in order of use; they are fed like any other input.
+    pub fn stochastic(&self) -> &[StochasticInput] {
+        &self.stochastic
     }
 
     /// The output called `name`.

@@ -21,7 +21,7 @@ mod params;
 pub use backend::{Backend, Cpu, Kernels};
 pub use builder::{BatchNormArgs, ConvArgs, GraphBuilder, Path};
 pub use exec::{ExecError, Executor, Feed, Feeds, OpTime, Watch};
-pub use graph::{GraphError, Node, ParamId, ParamSpec, Source, StepGraph, Tensor, ValueId};
+pub use graph::{GraphError, Node, ParamId, ParamSpec, Source, StepGraph, StochasticInput, Tensor, ValueId};
 pub use init::Init;
 pub use mcpipe_cpu::activation::Activation;
 pub use memory::{MemoryPlan, Mode};

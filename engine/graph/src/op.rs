@@ -2,13 +2,17 @@
 
 use mcpipe_cpu::activation::Activation;
 use mcpipe_cpu::attention::Attention;
+use mcpipe_cpu::attention_pool::AttentionPool;
 use mcpipe_cpu::conv::Conv2d;
 use mcpipe_cpu::gemm::Gemm;
 use mcpipe_cpu::layout::Patches;
 use mcpipe_cpu::linear::Linear;
 use mcpipe_cpu::loss::Contrastive;
-use mcpipe_cpu::norm::Norm;
+use mcpipe_cpu::norm::{GroupNorm, Norm};
 use mcpipe_cpu::pooling::Pool2d;
+use mcpipe_cpu::separable::SeparableAttention;
+use mcpipe_cpu::sigmoid_loss::SigmoidLoss;
+use mcpipe_cpu::token_conv::TokenConv;
 
 /// Who runs a node unless `--kernels reference` asks otherwise.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,18 +70,44 @@ pub enum Op {
     },
     /// `x [rows,C], gamma, beta`; saves mean and 1/std per row.
     LayerNorm(Norm),
+    /// `x [batch,rows,C], gamma, beta`; saves mean and 1/std per batch entry.
+    GroupNorm(GroupNorm),
     /// Elementwise.
     Activation(Activation),
     /// Softmax attention over a packed `qkv [B,N,3,heads,d]` → `[B,N,heads·d]`; saves the probabilities.
     Attention(Attention),
+    /// `qkv, last [B] (i32)`: as [`Op::Attention`], where sequence b's keys are its tokens 0..=`last[b]`.
+    MaskedAttention(Attention),
+    /// `q [heads·d], kv [B,N,2,heads,d]` → `[B,heads·d]`: attention of one query; saves the probabilities.
+    AttentionPool(AttentionPool),
+    /// `x [B,N,C], w [C,1,1,K]` → `[B,N,C]`: depthwise convolution over tokens.
+    TokenConv(TokenConv),
     /// The softmax probabilities `[B,heads,N,N]` of the same packed `qkv`, as a value (attention-level distillation).
     AttentionMap(Attention),
+    /// MobileViTv2's attention over a packed `qkv [B,N,1+2d]` → `[B,N,d]`; saves the weights and the context.
+    SeparableAttention(SeparableAttention),
     /// `a + b`, same size.
     Add,
     /// `x [outer, n] + b [n]`.
     AddBroadcast,
     /// `a ∘ b`, same size.
     Mul,
+    /// `x [batch,hw,C], s [batch,C]` → `x·s`. A batch of 1 shares the factors among all rows (layer scale).
+    ScaleChannels {
+        /// Images with factors of their own.
+        batch: usize,
+        /// Rows that share factors.
+        hw: usize,
+        /// Channels.
+        c: usize,
+    },
+    /// `x [batch,len], m [batch]` → `x·m`; no gradient to `m` (stochastic depth).
+    ScaleSamples {
+        /// Samples.
+        batch: usize,
+        /// Values of a sample.
+        len: usize,
+    },
     /// `s · x`.
     Scale(f32),
     /// `e^x`.
@@ -97,6 +127,8 @@ pub enum Op {
     },
     /// Average over windows.
     AvgPool(Pool2d),
+    /// Maximum over windows; saves the winners' positions.
+    MaxPool(Pool2d),
     /// Bilinear resize, half-pixel centres, no antialiasing (torch's `interpolate`, `align_corners=False`).
     Resize {
         /// Input dims.
@@ -174,6 +206,8 @@ pub enum Op {
     },
     /// `a [B,D], b [B',D], scale [1], p_row [B,B'], p_col [B',B]` → scalar contrastive cross-entropy or KL.
     Contrastive(Contrastive),
+    /// `a [B,D], b [B',D], scale [1], bias [1], t [B,B']` → scalar: SigLIP's pairwise cross-entropy.
+    SigmoidLoss(SigmoidLoss),
     /// Mean squared error of `a, b` → scalar.
     Mse,
     /// Mean over rows of `1 − cos(a_i, b_i)` → scalar.
@@ -222,18 +256,27 @@ impl Op {
             Op::MatMul { .. } => "matmul",
             Op::BatchNorm { .. } | Op::BatchNormEval { .. } => "batch_norm",
             Op::LayerNorm(_) => "layer_norm",
+            Op::GroupNorm(_) => "group_norm",
             Op::Activation(_) => "activation",
             Op::Attention(_) => "attention",
+            Op::MaskedAttention(_) => "masked_attention",
+            Op::AttentionPool(_) => "attention_pool",
+            Op::TokenConv(_) => "token_conv",
+            Op::SigmoidLoss(_) => "sigmoid_loss",
             Op::AttentionMap(_) => "attention_map",
+            Op::SeparableAttention(_) => "separable_attention",
             Op::Add => "add",
             Op::AddBroadcast => "add_broadcast",
             Op::Mul => "mul",
+            Op::ScaleChannels { .. } => "scale_channels",
+            Op::ScaleSamples { .. } => "drop_path",
             Op::Scale(_) => "scale",
             Op::Exp => "exp",
             Op::Unfold(_) => "unfold_patches",
             Op::Fold(_) => "fold_patches",
             Op::GlobalAvgPool { .. } => "global_avg_pool",
             Op::AvgPool(_) => "avg_pool",
+            Op::MaxPool(_) => "max_pool",
             Op::Resize { .. } => "resize_bilinear",
             Op::Embedding { .. } => "embedding",
             Op::GatherRows { .. } => "gather_rows",
@@ -254,14 +297,20 @@ impl Op {
     /// What the VJP reads.
     pub fn needs(&self) -> Needs {
         let (inputs, output) = match self {
-            Op::Conv2d(_) | Op::Linear(_) | Op::Embedding { .. } => (0b11, false),
-            Op::BatchNorm { .. } | Op::LayerNorm(_) => (0b111, false),
+            Op::Conv2d(_) | Op::Linear(_) | Op::Embedding { .. } | Op::ScaleChannels { .. } => (0b11, false),
+            Op::AttentionPool(_) | Op::TokenConv(_) => (0b11, false),
+            Op::SigmoidLoss(_) => (ALL, false),
+            Op::BatchNorm { .. } | Op::LayerNorm(_) | Op::GroupNorm(_) => (0b111, false),
             Op::BatchNormEval { .. } => (0b11111, false),
             Op::MatMul { .. } | Op::Mul | Op::Mse | Op::Cosine { .. } | Op::KlRows { .. } | Op::Contrastive(_) => {
                 (ALL, false)
             }
-            Op::Activation(_) | Op::Attention(_) | Op::AttentionTransferMap { .. } => (0b1, false),
-            Op::GatherRows { .. } => (0b10, false),
+            Op::Activation(_)
+            | Op::Attention(_)
+            | Op::MaskedAttention(_)
+            | Op::SeparableAttention(_)
+            | Op::AttentionTransferMap { .. } => (0b1, false),
+            Op::GatherRows { .. } | Op::ScaleSamples { .. } => (0b10, false),
             Op::AttentionMap(_) => (0b1, true),
             Op::L2Normalize { .. } | Op::Softmax { .. } | Op::Exp => (0, true),
             Op::Add
@@ -271,6 +320,7 @@ impl Op {
             | Op::Fold(_)
             | Op::GlobalAvgPool { .. }
             | Op::AvgPool(_)
+            | Op::MaxPool(_)
             | Op::Resize { .. }
             | Op::ConcatLast { .. }
             | Op::PrependToken { .. }
@@ -285,7 +335,11 @@ impl Op {
         match self {
             Op::BatchNorm { dims, .. } => vec![dims.c, dims.c],
             Op::LayerNorm(dims) => vec![dims.rows, dims.rows],
-            Op::Attention(d) => vec![d.batch * d.heads * d.tokens * d.tokens],
+            Op::Attention(d) | Op::MaskedAttention(d) => vec![d.batch * d.heads * d.tokens * d.tokens],
+            Op::AttentionPool(d) => vec![d.batch * d.heads * d.tokens],
+            Op::GroupNorm(d) => vec![d.batch, d.batch],
+            Op::SeparableAttention(d) => vec![d.batch * d.tokens, d.batch * d.dim],
+            Op::MaxPool(d) => vec![d.batch * d.out_h() * d.out_w() * d.c],
             Op::L2Normalize { rows, .. } => vec![*rows],
             _ => Vec::new(),
         }
@@ -296,8 +350,10 @@ impl Op {
         match self {
             Op::BatchNormEval { .. } => i < 3,
             Op::Embedding { .. } => i == 0,
-            Op::GatherRows { .. } => i == 0,
+            Op::GatherRows { .. } | Op::ScaleSamples { .. } => i == 0,
             Op::Contrastive(_) => i < 3,
+            Op::SigmoidLoss(_) => i < 4,
+            Op::MaskedAttention(_) => i == 0,
             Op::KlRows { .. } => i == 1,
             _ => true,
         }
@@ -311,18 +367,31 @@ impl Op {
             Op::Conv2d(d) => d.flops(),
             Op::Linear(d) => 2 * (d.rows * d.c_in * d.c_out) as u64,
             Op::MatMul { dims: d, .. } => 2 * (d.m * d.n * d.k) as u64,
-            Op::BatchNorm { .. } | Op::LayerNorm(_) => 8 * n,
+            Op::BatchNorm { .. } | Op::LayerNorm(_) | Op::GroupNorm(_) => 8 * n,
             Op::BatchNormEval { .. } => 3 * n,
-            Op::Attention(d) => 4 * (d.batch * d.heads * d.tokens * d.tokens * d.head_dim) as u64,
+            Op::AttentionPool(d) => 4 * (d.batch * d.tokens * d.heads * d.head_dim) as u64,
+            Op::TokenConv(d) => 2 * n * d.kernel as u64,
+            Op::SigmoidLoss(d) => 2 * (d.rows * d.cols * d.dim) as u64,
+            Op::Attention(d) | Op::MaskedAttention(d) => {
+                4 * (d.batch * d.heads * d.tokens * d.tokens * d.head_dim) as u64
+            }
             Op::AttentionMap(d) => 2 * (d.batch * d.heads * d.tokens * d.tokens * d.head_dim) as u64,
             Op::Contrastive(d) => 2 * (d.rows * d.cols * d.dim) as u64,
             Op::GlobalAvgPool { hw, .. } => n * *hw as u64,
-            Op::AvgPool(d) => n * (d.k * d.k) as u64,
+            Op::SeparableAttention(d) => 4 * (d.batch * d.tokens * d.dim) as u64,
+            Op::AvgPool(d) | Op::MaxPool(d) => n * (d.k * d.k) as u64,
             Op::Resize { .. } => 7 * n,
             Op::AttentionTransferMap { c, .. } => 2 * n * *c as u64,
             Op::Cosine { rows, c } | Op::KlRows { rows, c } => 4 * (rows * c) as u64,
             Op::L2Normalize { .. } | Op::Softmax { .. } => 4 * n,
-            Op::Add | Op::AddBroadcast | Op::Mul | Op::Scale(_) | Op::Exp | Op::Activation(_) => n,
+            Op::Add
+            | Op::AddBroadcast
+            | Op::Mul
+            | Op::ScaleChannels { .. }
+            | Op::ScaleSamples { .. }
+            | Op::Scale(_)
+            | Op::Exp
+            | Op::Activation(_) => n,
             Op::Mse
             | Op::Unfold(_)
             | Op::Fold(_)

@@ -7,6 +7,7 @@
 use std::sync::Arc;
 
 use mcpipe_cpu::loss::Contrastive;
+use mcpipe_cpu::sigmoid_loss::SigmoidLoss;
 use mcpipe_graph::{
     Activation, BatchNormArgs, ConvArgs, Cpu, Executor, Feed, Grads, GraphBuilder, GraphError, Init, Kernels, Mode,
     ParamKind, ParamStore, Path, StepGraph, Tensor,
@@ -36,6 +37,9 @@ const CASES: &[Case] = &[
     case("depthwise3x3_stride2", &[&[2, 6, 5, 4]], |g, x| {
         g.conv2d(&p("c"), &x[0], ConvArgs::new(4, 3).groups(4).stride(2))
     }),
+    case("depthwise_multiplied", &[&[2, 6, 5, 3]], |g, x| {
+        g.conv2d(&p("c"), &x[0], ConvArgs { bias: true, ..ConvArgs::new(6, 3).groups(3).stride(2) })
+    }),
     case("patch_embedding", &[&[2, 6, 6, 3]], |g, x| {
         g.conv2d(&p("c"), &x[0], ConvArgs { stride: 3, pad: 0, ..ConvArgs::new(5, 3) })
     }),
@@ -50,12 +54,27 @@ const CASES: &[Case] = &[
     }),
     case("batch_norm", &[&[12, 5]], |g, x| g.batch_norm(&p("n"), &x[0], BatchNormArgs::new(Activation::Identity))),
     case("layer_norm", &[&[4, 7]], |g, x| g.layer_norm(&p("n"), &x[0], 1e-5)),
+    case("group_norm", &[&[4, 3, 5]], |g, x| g.group_norm(&p("n"), &x[0], 2, 1e-5)),
     case("silu", &[&[4, 7]], |g, x| Ok(g.activation(&x[0], Activation::Silu))),
     case("gelu", &[&[4, 7]], |g, x| Ok(g.activation(&x[0], Activation::Gelu))),
+    case("gelu_tanh", &[&[4, 7]], |g, x| Ok(g.activation(&x[0], Activation::GeluTanh))),
     case("quick_gelu", &[&[4, 7]], |g, x| Ok(g.activation(&x[0], Activation::QuickGelu))),
     case("attention", &[&[2, 5, 12]], |g, x| g.attention(&x[0], 2, false)),
     case("attention_causal", &[&[2, 5, 12]], |g, x| g.attention(&x[0], 2, true)),
+    case("masked_attention", &[&[2, 5, 12]], |g, x| {
+        let last = g.int_input("rows", &[2]);
+        g.masked_attention(&x[0], &last, 2, false)
+    }),
+    case("attention_pool", &[&[6], &[2, 5, 12]], |g, x| g.attention_pool(&x[0], &x[1], 2)),
+    case("token_conv", &[&[2, 5, 3]], |g, x| g.token_conv(&p("c"), &x[0], 3, Init::FanInUniform)),
+    case("sigmoid_loss", &[&[3, 6], &[3, 6], &[1], &[1]], |g, x| {
+        let (a, b) = (g.l2_normalize(&x[0]), g.l2_normalize(&x[1]));
+        let rows = g.input("targets", &[3, 3]);
+        let targets = g.softmax(&rows, 1.0);
+        g.sigmoid_loss(SigmoidLoss { rows: 3, cols: 3, dim: 6 }, &a, &b, [&x[2], &x[3]], &targets)
+    }),
     case("attention_map", &[&[2, 4, 12]], |g, x| g.attention_map(&x[0], 2, false)),
+    case("separable_attention", &[&[2, 5, 7]], |g, x| g.separable_attention(&x[0])),
     case("add", &[&[4, 3], &[4, 3]], |g, x| g.add(&x[0], &x[1])),
     case("add_to_itself", &[&[4, 3]], |g, x| g.add(&x[0], &x[0])),
     case("residuals", &[&[4, 3]], |g, x| {
@@ -68,12 +87,20 @@ const CASES: &[Case] = &[
     case("add_broadcast", &[&[4, 3, 2], &[3, 2]], |g, x| g.add_broadcast(&x[0], &x[1])),
     case("mul", &[&[4, 3], &[4, 3]], |g, x| g.mul(&x[0], &x[1])),
     case("square", &[&[4, 3]], |g, x| g.mul(&x[0], &x[0])),
+    case("scale_channels", &[&[2, 3, 2, 5], &[2, 5]], |g, x| g.scale_channels(&x[0], &x[1])),
+    case("layer_scale", &[&[2, 3, 2, 5], &[5]], |g, x| g.scale_channels(&x[0], &x[1])),
+    case("drop_path", &[&[3, 2, 4]], |g, x| {
+        let y = g.drop_path(&x[0], 0.25)?;
+        g.mul(&y, &x[0])
+    }),
     case("scale", &[&[4, 3]], |g, x| Ok(g.scale(&x[0], -1.5))),
     case("exp", &[&[4, 3]], |g, x| Ok(g.exp(&x[0]))),
     case("unfold", &[&[2, 4, 6, 3]], |g, x| g.unfold_patches(&x[0], [2, 2])),
     case("fold", &[&[8, 6, 3]], |g, x| g.fold_patches(&x[0], 4, 6, [2, 2])),
     case("global_avg_pool", &[&[2, 3, 3, 5]], |g, x| g.global_avg_pool(&x[0])),
     case("avg_pool", &[&[2, 4, 6, 3]], |g, x| g.avg_pool(&x[0], 2, 2, 0)),
+    // Few windows: two largest values closer than the finite step would spoil the comparison.
+    case("max_pool", &[&[1, 4, 5, 2]], |g, x| g.max_pool(&x[0], 3, 2, 1)),
     case("resize_up", &[&[2, 3, 4, 3]], |g, x| g.resize_bilinear(&x[0], 5, 6)),
     case("resize_down", &[&[2, 7, 6, 3]], |g, x| g.resize_bilinear(&x[0], 4, 3)),
     case("embedding", &[&[6, 3]], |g, x| {
@@ -154,6 +181,7 @@ impl Built {
         feeds.push(("rows", Feed::I32(&[4, 1])));
         feeds.push(("targets", Feed::F32(&targets)));
         feeds.push(("target", Feed::F32(&target)));
+        feeds.push(("drop_path.0", Feed::F32(&[4.0 / 3.0, 0.0, 4.0 / 3.0])));
         executor.forward(&self.store, &feeds).expect("the feeds fit");
         let y = self.graph.output("y").expect("marked");
         executor.value(y).into_owned()
@@ -254,4 +282,24 @@ fn the_same_step_gives_the_same_bits() {
         let once = bits(built.gradients(Kernels::Native, &seed));
         assert_eq!(once, bits(built.gradients(Kernels::Native, &seed)), "{}", case.name);
     }
+}
+
+#[test]
+fn stochastic_depth_is_an_input_of_training_graphs_alone() -> Result<(), GraphError> {
+    let build = |train: bool, rate: f32| {
+        let mut g = GraphBuilder::new(train);
+        let x = g.input("x", &[4, 2, 3]);
+        let y = g.drop_path(&x, rate)?;
+        let z = g.drop_path(&y, rate)?;
+        g.output("z", &z);
+        Ok::<_, GraphError>(g.finish())
+    };
+    let graph = build(true, 0.2)?;
+    let found: Vec<(&str, usize)> = graph.stochastic().iter().map(|s| (s.name.as_str(), s.samples)).collect();
+    assert_eq!(found, [("drop_path.0", 4), ("drop_path.1", 4)]);
+    assert!(graph.stochastic().iter().all(|s| s.keep == 0.8));
+    assert!(build(false, 0.2)?.stochastic().is_empty());
+    assert!(build(true, 0.0)?.stochastic().is_empty());
+    assert!(build(true, 1.0).is_err());
+    Ok(())
 }

@@ -30,6 +30,7 @@ mod schedule;
 mod setup;
 mod source;
 mod step;
+mod stochastic;
 mod tower;
 mod trainer;
 

@@ -16,6 +16,7 @@ use crate::graphs::{
     EOT, FEATURES, Graphs, IDS, IMAGE, IMAGE_TO_TEXT, IMAGES, TEXT, TEXT_TO_IMAGE, TeacherGraph, loss_name, term_names,
 };
 use crate::setup::{LOGIT_SCALE, MAX_LOGIT_SCALE, ModelText, TeacherModel, TrainSetup};
+use crate::stochastic::drop_masks;
 
 /// Is shown each node and its value right after it ran.
 type Watch<'a> = dyn FnMut(&Node, &dyn Fn() -> Vec<f32>) + 'a;
@@ -49,6 +50,8 @@ pub(crate) struct Step {
     pub(crate) features: Vec<f32>,
     ids: Vec<i32>,
     eot: Vec<i32>,
+    /// The step's masks of the whole batch, one for each stochastic input of the tower graph.
+    masks: Vec<Vec<f32>>,
     pub(crate) grads: Grads,
 }
 
@@ -121,6 +124,7 @@ impl Step {
             features: Vec::new(),
             ids: Vec::new(),
             eot: Vec::new(),
+            masks: Vec::new(),
             grads: Grads::zeros_like(store),
             graphs,
             setup,
@@ -173,6 +177,7 @@ impl Step {
     ) -> Result<Values, TrainError> {
         self.check(batch).map_err(|reason| TrainError::Batch { step, reason })?;
         self.grads.zero();
+        self.masks = drop_masks(self.graphs.tower.stochastic(), self.parts(), self.setup.seed, step);
         self.prepare_text(batch)?;
         self.run_teachers(averages, batch)?;
         self.first_forward(store, batch)?;
@@ -295,6 +300,9 @@ impl Step {
         let mut feeds = inputs.feeds(&batch.views[self.setup.model.view], part);
         for (target, values) in self.graphs.targets.iter().zip(&self.targets[part]) {
             feeds.push((&target.name, Feed::F32(values)));
+        }
+        for (input, mask) in self.graphs.tower.stochastic().iter().zip(&self.masks) {
+            feeds.push((&input.name, Feed::F32(&mask[part * input.samples..][..input.samples])));
         }
         let executor = match &mut self.first {
             Some(first) if !local => first,

@@ -32,8 +32,9 @@ use crate::gemm::Gemm;
 use crate::layout::Patches;
 use crate::linear::Linear;
 use crate::loss::Contrastive;
-use crate::norm::Norm;
+use crate::norm::{GroupNorm, Norm};
 use crate::pooling::Pool2d;
+use crate::separable::SeparableAttention;
 use crate::sigmoid_loss::SigmoidLoss;
 use crate::token_conv::TokenConv;
 
@@ -66,6 +67,8 @@ pub enum Op<'a> {
     },
     /// x [R, C], γ, β → layer norm of each row; saves mean and rstd of the rows.
     LayerNorm(Norm),
+    /// x [B, R, C], γ, β → norm of each of the B parts, γ and β per channel; saves mean and rstd of the parts.
+    GroupNorm(GroupNorm),
     /// qkv [B, T, 3, H, D] → [B, T, H·D]; saves the probabilities [B, H, T, T].
     Attention(Attention),
     /// As [`Op::Attention`], where the keys of batch entry b are its tokens 0..=last\[b\].
@@ -83,6 +86,8 @@ pub enum Op<'a> {
     SigmoidLoss(SigmoidLoss),
     /// qkv [B, T, 3, H, D] → probabilities [B, H, T, T].
     AttentionMap(Attention),
+    /// qkv [B, N, 1 + 2·D] → [B, N, D]; saves the weights [B, N] and the context [B, D].
+    SeparableAttention(SeparableAttention),
     /// x [B, HW, C] → [B, C].
     GlobalAvgPool {
         /// B.
@@ -187,6 +192,13 @@ pub enum Op<'a> {
         hw: usize,
         /// C.
         c: usize,
+    },
+    /// x [B, len], constant m \[B\] → x·m.
+    ScaleSamples {
+        /// B.
+        batch: usize,
+        /// Values of a sample.
+        len: usize,
     },
     /// x [R, C] → rows of unit norm; saves the norms.
     L2Normalize {
@@ -361,7 +373,9 @@ pub fn run<E: Real>(op: &Op<'_>, inputs: &[&[E]], keep: bool) -> Result<Run<E>, 
         Op::AttentionPool(d) => text::attention_pool(t, &d),
         Op::TokenConv(d) => (text::token_conv(t, &d), vec![]),
         Op::SigmoidLoss(d) => (text::sigmoid_loss(t, &d), vec![]),
+        Op::GroupNorm(dims) => nn::group_norm(t, &dims),
         Op::AttentionMap(d) => (nn::attention_map(t, &d), vec![]),
+        Op::SeparableAttention(d) => nn::separable_attention(t, &d),
         Op::GlobalAvgPool { batch, hw, c } => (nn::global_avg_pool(t, batch, hw, c), vec![]),
         Op::MaxPool(d) => (nn::max_pool(t, &d), vec![]),
         Op::AvgPool(d) => (nn::avg_pool(t, &d), vec![]),
@@ -382,6 +396,7 @@ pub fn run<E: Real>(op: &Op<'_>, inputs: &[&[E]], keep: bool) -> Result<Run<E>, 
         Op::Scale(factor) => (t.flat(0) * E::of_f64(f64::from(factor)), vec![]),
         Op::Exp => (t.flat(0).exp(), vec![]),
         Op::ChannelScale { batch, hw, c } => (nn::channel_scale(t, batch, hw, c), vec![]),
+        Op::ScaleSamples { batch, len } => (nn::scale_samples(t, batch, len), vec![]),
         Op::L2Normalize { rows, c } => nn::l2_normalize(t, rows, c),
         Op::Softmax { rows, c, temperature } => (nn::softmax(t, rows, c, temperature), vec![]),
         Op::LogSoftmax { rows, c, temperature } => (nn::log_softmax(t, rows, c, temperature), vec![]),

@@ -10,9 +10,10 @@ use crate::attention::Attention;
 use crate::conv::Conv2d;
 use crate::gemm::Gemm;
 use crate::linear::Linear;
-use crate::norm::Norm;
+use crate::norm::{GroupNorm, Norm};
 use crate::pooling::Pool2d;
 use crate::resize;
+use crate::separable::SeparableAttention;
 
 /// Square of the smallest norm that a row is divided by. Added under the root, where the kernels take a
 /// maximum: the same in both precisions unless a row is nearly zero, and differentiable there.
@@ -28,19 +29,27 @@ fn num<E: Real>(x: f64) -> E {
 pub(super) fn activation<S: Shape, E: Real>(t: &Tape<E>, act: Activation, x: Var<S, E>) -> Var<S, E> {
     match act {
         Activation::Identity => x,
-        Activation::Relu => {
-            let zeros = t.filled(0.0, *x.shape()).leaky_traced();
-            // Not `relu`, which turns NaN into 0: here a NaN fails the comparison and is chosen.
-            x.le(num::<E>(0.0)).choose(zeros, x)
-        }
+        Activation::Relu => relu(t, x),
+        Activation::Relu6 => x.clamp(0.0, 6.0),
         Activation::Silu => x.with_empty_tape().sigmoid() * x,
         Activation::Gelu => gelu(x),
+        Activation::GeluTanh => {
+            let factor = 2.0 * (2.0 / std::f64::consts::PI).sqrt();
+            let cube = x.with_empty_tape().square() * x.with_empty_tape() * num::<E>(0.044715);
+            ((cube + x.with_empty_tape()) * num::<E>(factor)).sigmoid() * x
+        }
         Activation::QuickGelu => (x.with_empty_tape() * num::<E>(1.702)).sigmoid() * x,
         Activation::HardSwish => hard_sigmoid(x.with_empty_tape()) * x,
         Activation::HardSigmoid => hard_sigmoid(x),
         Activation::Sigmoid => x.sigmoid(),
         Activation::Tanh => x.tanh(),
     }
+}
+
+/// Not dfdx's `relu`, which turns NaN into 0: here a NaN fails the comparison and is chosen.
+fn relu<S: Shape, E: Real>(t: &Tape<E>, x: Var<S, E>) -> Var<S, E> {
+    let zeros = t.filled(0.0, *x.shape()).leaky_traced();
+    x.le(num::<E>(0.0)).choose(zeros, x)
 }
 
 fn hard_sigmoid<S: Shape, E: Real>(x: Var<S, E>) -> Var<S, E> {
@@ -115,6 +124,19 @@ pub(super) fn layer_norm<E: Real>(t: &Tape<E>, d: &Norm) -> (Flat<E>, Vec<Vec<E>
     (flatten(affine(t, normal)), vec![means, rstds])
 }
 
+pub(super) fn group_norm<E: Real>(t: &Tape<E>, d: &GroupNorm) -> (Flat<E>, Vec<Vec<E>>) {
+    let shape = (d.batch, d.rows * d.c);
+    let x = t.arg(0, shape);
+    let mean = x.with_empty_tape().mean::<(usize,), Axis<1>>();
+    let means = mean.as_vec();
+    let centered = x - mean.broadcast_like::<_, Axis<1>>(&shape);
+    let variance = centered.with_empty_tape().square().mean::<(usize,), Axis<1>>();
+    let std = (variance + num::<E>(f64::from(d.eps))).sqrt();
+    let rstds = std.as_vec().into_iter().map(|s| num(1.0 / s.into_f64())).collect();
+    let normal = centered / std.broadcast_like::<_, Axis<1>>(&shape);
+    (flatten(affine(t, normal.reshape_like(&(d.batch * d.rows, d.c)))), vec![means, rstds])
+}
+
 type Heads<E> = Var<(usize, usize, usize, usize), E>;
 
 /// Q (0), K (1) or V (2) as [B, H, T, D].
@@ -150,6 +172,18 @@ pub(super) fn attention<E: Real>(t: &Tape<E>, d: &Attention, last: &[i32]) -> (F
 
 pub(super) fn attention_map<E: Real>(t: &Tape<E>, d: &Attention) -> Flat<E> {
     flatten(probabilities(t, d, &[]))
+}
+
+pub(super) fn separable_attention<E: Real>(t: &Tape<E>, d: &SeparableAttention) -> (Flat<E>, Vec<Vec<E>>) {
+    let (b, n, c) = (d.batch, d.tokens, d.dim);
+    let columns = |from: usize, to: usize| t.arg(0, (b, n, 1 + 2 * c)).slice((0..b, 0..n, from..to));
+    let weights = columns(0, 1).reshape_like(&(b, n)).softmax::<Axis<1>>();
+    let p = weights.as_vec();
+    let keys = columns(1, 1 + c).reshape_like(&(b, n, c));
+    let context = weights.reshape_like(&(b, 1, n)).matmul(keys).reshape_like(&(b, c));
+    let kept = context.as_vec();
+    let values = relu(t, columns(1 + c, 1 + 2 * c).reshape_like(&(b, n, c)));
+    (flatten(values * context.broadcast_like::<_, Axis<1>>(&(b, n, c))), vec![p, kept])
 }
 
 pub(super) fn global_avg_pool<E: Real>(t: &Tape<E>, batch: usize, hw: usize, c: usize) -> Flat<E> {
@@ -252,6 +286,11 @@ pub(super) fn add_broadcast<E: Real>(t: &Tape<E>) -> Flat<E> {
 pub(super) fn channel_scale<E: Real>(t: &Tape<E>, batch: usize, hw: usize, c: usize) -> Flat<E> {
     let shape = (batch, hw, c);
     flatten(t.arg(0, shape) * t.arg(1, (batch, c)).broadcast_like::<_, Axis<1>>(&shape))
+}
+
+pub(super) fn scale_samples<E: Real>(t: &Tape<E>, batch: usize, len: usize) -> Flat<E> {
+    let shape = (batch, len);
+    flatten(t.arg(0, shape) * t.constant(1, (batch,)).broadcast_like::<_, Axis<1>>(&shape))
 }
 
 /// √(Σ x² + ε²) of each row.

@@ -42,6 +42,11 @@ pub(super) fn check<E>(op: &Op<'_>, inputs: &[&[E]]) -> Result<Sizes, BridgeErro
             saved = vec![d.rows, d.rows];
             (vec![d.rows * d.c, d.c, d.c], d.rows * d.c)
         }
+        Op::GroupNorm(d) => {
+            saved = vec![d.batch, d.batch];
+            let len = d.batch * d.rows * d.c;
+            (vec![len, d.c, d.c], len)
+        }
         Op::Attention(d) => {
             let (qkv, out, map) = attention(&d);
             saved = vec![map];
@@ -70,6 +75,11 @@ pub(super) fn check<E>(op: &Op<'_>, inputs: &[&[E]]) -> Result<Sizes, BridgeErro
             (vec![d.rows * d.dim, d.cols * d.dim, 1, 1, d.rows * d.cols], 1)
         }
         Op::AttentionMap(d) => (vec![attention(&d).0], attention(&d).2),
+        Op::SeparableAttention(d) => {
+            let rows = d.batch * d.tokens;
+            saved = vec![rows, d.batch * d.dim];
+            (vec![rows * (1 + 2 * d.dim)], rows * d.dim)
+        }
         Op::GlobalAvgPool { batch, hw, c } => (vec![batch * hw * c], batch * c),
         Op::MaxPool(d) | Op::AvgPool(d) => (vec![pooled(&d).0], pooled(&d).1),
         Op::Resize { batch, h, w, c, oh, ow } => (vec![batch * h * w * c], batch * oh * ow * c),
@@ -99,6 +109,10 @@ pub(super) fn check<E>(op: &Op<'_>, inputs: &[&[E]]) -> Result<Sizes, BridgeErro
             (vec![len(0), n], len(0))
         }
         Op::ChannelScale { batch, hw, c } => (vec![batch * hw * c, batch * c], batch * hw * c),
+        Op::ScaleSamples { batch, len } => {
+            constants = vec![1];
+            (vec![batch * len, batch], batch * len)
+        }
         Op::L2Normalize { rows, c } => {
             saved = vec![rows];
             (vec![rows * c], rows * c)

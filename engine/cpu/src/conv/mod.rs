@@ -1,6 +1,7 @@
 //! 2-d convolution on channels-last images: forward, gradient by the input, gradient by the weights.
 
 mod dense;
+mod multiplied;
 
 use crate::depthwise;
 use crate::linear::{Linear, linear_backward_data, linear_backward_weights, linear_forward};
@@ -11,8 +12,8 @@ use crate::workspace::Workspace;
 /// Sizes of a 2-d convolution. `x` is `[batch, h, w, c_in]`, `w` (weights) is `[c_out, c_in / groups, kh, kw]`, `y` is
 /// `[batch, out_h, out_w, c_out]`; zero padding, the same stride in both directions, no dilation.
 ///
-/// Dense (`groups == 1`) and depthwise (`groups == c_in == c_out`) convolutions are fast; other group counts are
-/// computed by the plain formulation.
+/// Dense (`groups == 1`) and depthwise (`groups == c_in`, one or several outputs per channel) convolutions are fast;
+/// other group counts are computed by the plain formulation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Conv2d {
     /// Images.
@@ -78,8 +79,8 @@ impl Conv2d {
             } else {
                 Path::Dense
             }
-        } else if self.groups == self.c_in && self.c_in == self.c_out {
-            Path::Depthwise
+        } else if self.groups == self.c_in {
+            if self.c_in == self.c_out { Path::Depthwise } else { Path::Multiplied }
         } else {
             Path::Grouped
         }
@@ -95,6 +96,7 @@ enum Path {
     Pointwise,
     Dense,
     Depthwise,
+    Multiplied,
     Grouped,
 }
 
@@ -108,6 +110,7 @@ pub fn conv2d_forward(d: &Conv2d, x: &[f32], w: &[f32], bias: Option<&[f32]>, y:
         Path::Pointwise => linear_forward(&d.pointwise(), x, w, bias, y, ws),
         Path::Dense => dense::forward(d, x, w, bias, y, ws),
         Path::Depthwise => depthwise::forward(d, x, w, bias, y, ws),
+        Path::Multiplied => multiplied::forward(d, x, w, bias, y, ws),
         Path::Grouped => reference::conv2d_forward(d, x, w, bias, y),
     }
 }
@@ -119,6 +122,7 @@ pub fn conv2d_backward_data(d: &Conv2d, w: &[f32], dy: &[f32], dx: &mut [f32], a
         Path::Pointwise => linear_backward_data(&d.pointwise(), w, dy, dx, accumulate, ws),
         Path::Dense => dense::backward_data(d, w, dy, dx, accumulate, ws),
         Path::Depthwise => depthwise::backward_data(d, w, dy, dx, accumulate, ws),
+        Path::Multiplied => multiplied::backward_data(d, w, dy, dx, accumulate, ws),
         Path::Grouped => reference::conv2d_backward_data(d, w, dy, dx, accumulate),
     }
 }
@@ -137,6 +141,7 @@ pub fn conv2d_backward_weights(
         Path::Pointwise => linear_backward_weights(&d.pointwise(), x, dy, dw, None, ws),
         Path::Dense => dense::backward_weights(d, x, dy, dw, ws),
         Path::Depthwise => depthwise::backward_weights(d, x, dy, dw, ws),
+        Path::Multiplied => multiplied::backward_weights(d, x, dy, dw, ws),
         Path::Grouped => reference::conv2d_backward_weights(d, x, dy, dw, None),
     }
     if let Some(dbias) = dbias {

@@ -94,7 +94,17 @@ fn depthwise_convolutions_agree_with_f64() {
 #[test]
 fn grouped_convolutions_agree_with_f64() {
     check(&Conv2d { groups: 2, ..conv(2, (5, 6), (6, 8), 3, 1) }, 1);
-    check(&Conv2d { groups: 3, ..conv(1, (5, 6), (3, 6), 3, 2) }, 1);
+    check(&Conv2d { groups: 3, ..conv(1, (5, 6), (6, 9), 3, 2) }, 1);
+}
+
+#[test]
+fn depthwise_convolutions_with_a_multiplier_agree_with_f64() {
+    for (c, m) in [(3, 2), (20, 2), (5, 3), (9, 4)] {
+        for (k, stride) in [(3, 1), (3, 2), (7, 2), (1, 1)] {
+            check(&Conv2d { groups: c, ..conv(2, (9, 8), (c, m * c), k, stride) }, 1);
+        }
+    }
+    check(&Conv2d { groups: 48, ..conv(3, (30, 26), (48, 96), 7, 2) }, 3);
 }
 
 #[test]

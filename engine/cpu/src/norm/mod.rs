@@ -1,4 +1,4 @@
-//! Batch norm with a fused activation, and layer norm.
+//! Batch norm with a fused activation, layer norm and group norm.
 //!
 //! Letters: R rows (batch · height · width, or batch · tokens), C channels. x, y, dy, dx are [R, C];
 //! everything named after a channel is \[C\].
@@ -6,6 +6,7 @@
 //! Rows are cut into fixed chunks, whatever the number of threads; each chunk leaves partial sums in `f32`
 //! and the partial sums are merged in order, in `f64`.
 
+mod group;
 mod kernels;
 
 use rayon::prelude::*;
@@ -14,6 +15,8 @@ use crate::activation::{Activation, CHUNK};
 use crate::simd::Level;
 use crate::workspace::Workspace;
 use kernels::{Backward, affine, input_gradient, layer_rows, layer_rows_back, moments, sums};
+
+pub use group::{GroupNorm, group_norm_backward, group_norm_forward};
 
 /// Size of a normalisation: over the rows for batch norm, over the channels for layer norm.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -3,7 +3,7 @@
 use mcpipe_cpu::bridge::{self, Op, Real};
 use mcpipe_cpu::{
     Workspace, activation, attention, attention_pool, conv, elementwise, embedding, gemm, layout, linear, loss, norm,
-    pooling, resize, sigmoid_loss, softmax, token_conv,
+    pooling, resize, separable, sigmoid_loss, softmax, token_conv,
 };
 
 /// Numbers in (−1, 1) from a counter (SplitMix64), different for each seed.
@@ -123,6 +123,17 @@ pub fn forward(op: &Op<'_>, inputs: &[Vec<f32>], ws: &mut Workspace) -> (Vec<f32
             norm::layer_norm_forward(&d, x(0), x(1), x(2), y_slice, &mut mean, &mut rstd);
             saved = vec![mean, rstd];
         }
+        Op::GroupNorm(d) => {
+            let (mut mean, mut rstd) = (vec![f32::NAN; d.batch], vec![f32::NAN; d.batch]);
+            norm::group_norm_forward(&d, x(0), x(1), x(2), y_slice, &mut mean, &mut rstd, ws);
+            saved = vec![mean, rstd];
+        }
+        Op::SeparableAttention(d) => {
+            let (mut p, mut context) = (vec![f32::NAN; d.batch * d.tokens], vec![f32::NAN; d.batch * d.dim]);
+            separable::separable_attention_forward(&d, x(0), y_slice, &mut p, &mut context);
+            saved = vec![p, context];
+        }
+        Op::ScaleSamples { batch, len } => elementwise::scale_samples(batch, len, x(0), x(1), y_slice, false),
         Op::Attention(d) => {
             let mut probs = vec![f32::NAN; d.batch * d.heads * d.tokens * d.tokens];
             attention::attention_forward(&d, x(0), y_slice, &mut probs, ws);
@@ -221,7 +232,7 @@ pub fn backward(
     let a = accumulate;
     match *op {
         Op::Activation(act) => one(&mut |dx| activation::activation_backward(act, x(0), dy, dx, a)),
-        Op::BatchNorm { .. } | Op::BatchNormEval { .. } | Op::LayerNorm(_) => {
+        Op::BatchNorm { .. } | Op::BatchNormEval { .. } | Op::LayerNorm(_) | Op::GroupNorm(_) => {
             let (mut dx, mut dg, mut db) = (data(0), param(1), param(2));
             let (dx_, dg_, db_) = (&mut dx[..], &mut dg[..], &mut db[..]);
             match *op {
@@ -246,7 +257,10 @@ pub fn backward(
                 Op::LayerNorm(d) => {
                     norm::layer_norm_backward(&d, x(0), x(1), &saved[0], &saved[1], dy, dx_, a, dg_, db_, ws);
                 }
-                _ => unreachable!("the outer arm names three ops"),
+                Op::GroupNorm(d) => {
+                    norm::group_norm_backward(&d, x(0), x(1), &saved[0], &saved[1], dy, dx_, a, dg_, db_, ws);
+                }
+                _ => unreachable!("the outer arm names four ops"),
             }
             vec![Some((dx, a)), Some((dg, true)), Some((db, true))]
         }
@@ -273,6 +287,13 @@ pub fn backward(
             vec![Some((da, false)), Some((db, false)), Some((vec![ds], false)), Some((vec![dc], false)), None]
         }
         Op::AttentionMap(d) => one(&mut |dx| attention::attention_map_backward(&d, x(0), y, dy, dx, a, ws)),
+        Op::SeparableAttention(d) => one(&mut |dx| {
+            separable::separable_attention_backward(&d, x(0), &saved[0], &saved[1], dy, dx, a, ws);
+        }),
+        Op::ScaleSamples { batch, len } => {
+            let dx = one(&mut |dx| elementwise::scale_samples(batch, len, dy, x(1), dx, a));
+            [dx, vec![None]].concat()
+        }
         Op::GlobalAvgPool { batch, hw, c } => one(&mut |dx| pooling::global_avg_pool_backward(batch, hw, c, dy, dx, a)),
         Op::MaxPool(d) => {
             let (mut again, mut argmax) = (y.to_vec(), vec![0.0; y.len()]);
@@ -339,7 +360,7 @@ pub fn backward(
         Op::Exp => one(&mut |dx| elementwise::mul_backward(y, dy, dx, a)),
         Op::ChannelScale { batch, hw, c } => {
             let (mut dx, mut ds) = (data(0), data(1));
-            elementwise::channel_scale_backward(batch, hw, c, x(0), x(1), dy, &mut dx, a, &mut ds, a);
+            elementwise::channel_scale_backward(batch, hw, c, x(0), x(1), dy, &mut dx, a, &mut ds, a, ws);
             vec![Some((dx, a)), Some((ds, a))]
         }
         Op::L2Normalize { rows, c } => {

@@ -9,8 +9,9 @@ use mcpipe_cpu::gemm::Gemm;
 use mcpipe_cpu::layout::Patches;
 use mcpipe_cpu::linear::Linear;
 use mcpipe_cpu::loss::Contrastive;
-use mcpipe_cpu::norm::Norm;
+use mcpipe_cpu::norm::{GroupNorm, Norm};
 use mcpipe_cpu::pooling::Pool2d;
+use mcpipe_cpu::separable::SeparableAttention;
 use mcpipe_cpu::sigmoid_loss::SigmoidLoss;
 use mcpipe_cpu::token_conv::TokenConv;
 
@@ -43,6 +44,11 @@ pub fn cases(large: bool) -> Vec<Case> {
         let dims = Norm { rows: rows + 1, c, eps: 1e-3 };
         let inputs = [((rows + 1) * c, U), (c, U), (c, U)];
         all.push(case("batch_norm", Op::BatchNorm { dims, act: Activation::Silu }, &inputs));
+    }
+    for (batch, rows, c) in if large { vec![(3, 700, 37), (2, 1, 5)] } else { vec![(2, 3, 4), (3, 1, 3)] } {
+        let d = GroupNorm { batch, rows, c, eps: 1e-5 };
+        let inputs = [(batch * rows * c, Fill::Uniform(2.0, 0.5)), (c, Fill::Uniform(1.0, 1.5)), (c, U)];
+        all.push(case("group_norm", Op::GroupNorm(d), &inputs));
     }
     // A large common offset: the variance has to survive it. x itself carries a rounding of 1e-7·1000.
     let dims = Norm { rows: size(6, 3_000), c: 4, eps: 1e-5 };
@@ -93,6 +99,14 @@ pub fn cases(large: bool) -> Vec<Case> {
             all.push(case("sigmoid_loss", Op::SigmoidLoss(d), &inputs));
         }
     }
+    for (batch, tokens, dim) in if large { vec![(5, 64, 48), (3, 17, 21), (1, 1, 3)] } else { vec![(2, 4, 3)] } {
+        let d = SeparableAttention { batch, tokens, dim };
+        all.push(case("separable_attention", Op::SeparableAttention(d), &[(batch * tokens * (1 + 2 * dim), WIDE)]));
+    }
+    let (samples, len) = (3, size(5, 20_001));
+    all.push(case("scale_samples", Op::ScaleSamples { batch: samples, len }, &[(samples * len, U), (samples, U)]));
+    let (rows, c) = (size(5, 1_301), size(3, 37));
+    all.push(case("layer_scale", Op::ChannelScale { batch: 1, hw: rows, c }, &[(rows * c, U), (c, U)]));
     let (batch, hw, c) = (2, size(6, 130), size(3, 37));
     all.push(case("global_avg_pool", Op::GlobalAvgPool { batch, hw, c }, &[(batch * hw * c, U)]));
     all.push(case("channel_scale", Op::ChannelScale { batch, hw, c }, &[(batch * hw * c, U), (batch * c, U)]));
@@ -165,6 +179,9 @@ pub fn cases(large: bool) -> Vec<Case> {
         all.push(case("conv2d", Op::Conv2d(d), &[x, w]));
         all.push(case("conv2d", Op::Conv2d(d), &[x, w, b]));
     }
+
+    let d = Conv2d { batch: 2, h: 5, w: 6, c_in: 3, c_out: 6, kh: 3, kw: 3, stride: 2, pad: 1, groups: 3 };
+    all.push(case("conv2d multiplied", Op::Conv2d(d), &[(2 * 5 * 6 * 3, U), (d.weights(), U), (6, U)]));
 
     for (w_row, w_col, subtract_entropy, scale) in
         [(0.5, 0.5, false, 14.3), (0.3, 0.9, true, 100.0), (1.0, 0.0, true, 1.0), (0.0, 1.0, false, 50.0)]

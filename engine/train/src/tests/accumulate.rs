@@ -50,6 +50,50 @@ fn four_parts_give_the_gradient_of_one() {
     }
 }
 
+/// A residual map with stochastic depth behind another tower.
+#[derive(Clone, Debug)]
+struct Dropping(ConvTower);
+
+impl ImageTower for Dropping {
+    fn image_size(&self) -> usize {
+        self.0.image_size()
+    }
+
+    fn dim(&self) -> usize {
+        self.0.dim
+    }
+
+    fn taps(&self) -> Result<Vec<TapInfo>, ModelError> {
+        self.0.taps()
+    }
+
+    fn build(&self, g: &mut GraphBuilder, x_bhwc: &Tensor, taps: &[String]) -> Result<Encoded, ModelError> {
+        let encoded = self.0.build(g, x_bhwc, taps)?;
+        let x_bd = &encoded.embedding_bd;
+        let y_bd = g.linear(&Path::new("visual.branch"), x_bd, self.0.dim, true, Init::Normal(0.7))?;
+        let y_bd = g.drop_path(&y_bd, 0.5)?;
+        Ok(Encoded { embedding_bd: g.add(x_bd, &y_bd)?, taps: encoded.taps })
+    }
+}
+
+#[test]
+fn stochastic_depth_drops_the_same_samples_in_parts_and_others_at_each_step() {
+    let tower = ConvTower { path: "visual", channels: 4, batch_norm: false, dim: 6 };
+    let setup = |accumulate| setup(Arc::new(Dropping(tower.clone())), training(10, 8, accumulate));
+    let batch = Random::new(8, false).batch(0);
+    let at = |accumulate: usize, number: u64| {
+        let setup = Rc::new(setup(accumulate));
+        let mut store = setup.initial.clone();
+        let mut step = Step::new(Rc::clone(&setup), &mut store).unwrap();
+        step.run(&mut store, &[], &batch, number, &[1.0]).unwrap();
+        step.grads.all().to_vec()
+    };
+    let whole = at(1, 0);
+    assert!(distance(&at(4, 0), &whole) < 1e-5);
+    assert_eq!(at(4, 0), at(4, 0));
+    assert!(distance(&at(1, 1), &whole) > 1e-2);
+}
+
 #[test]
 fn both_trained_towers_too() {
     let setup = |accumulate| {
