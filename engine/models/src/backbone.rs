@@ -2,9 +2,10 @@
 
 use std::fmt::Debug;
 
-use mcpipe_graph::{GraphBuilder, GraphError, Path, Tensor};
+use mcpipe_graph::{GraphBuilder, GraphError, ParamStore, Path, Tensor};
 
 use crate::error::{ModelError, nearest};
+use crate::reparam::Folded;
 
 /// How an image is made ready for a backbone; it belongs to the model, not to the loader.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -34,6 +35,11 @@ pub enum Interpolation {
 pub const CLIP_MEAN: [f32; 3] = [0.481_454_66, 0.457_827_5, 0.408_210_73];
 /// OpenAI CLIP's standard deviation per channel.
 pub const CLIP_STD: [f32; 3] = [0.268_629_54, 0.261_302_6, 0.275_777_1];
+
+/// ImageNet's mean per channel.
+pub const IMAGENET_MEAN: [f32; 3] = [0.485, 0.456, 0.406];
+/// ImageNet's standard deviation per channel.
+pub const IMAGENET_STD: [f32; 3] = [0.229, 0.224, 0.225];
 
 /// What a tap holds for a batch of B images.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -200,6 +206,17 @@ pub trait Backbone: Debug + Send + Sync {
         dim: Option<usize>,
         taps: &[String],
     ) -> Result<ImageOutputs, ModelError>;
+
+    /// Its inference form, where blocks have several branches for training only: that backbone, and a copy of `store`
+    /// in which the parameters under `path` are folded, with the same outputs in evaluation. None where there is
+    /// nothing to fold.
+    ///
+    /// # Errors
+    /// `store` lacks parameters of the backbone.
+    fn reparam(&self, store: &ParamStore, path: &Path) -> Result<Option<Folded>, ModelError> {
+        let _ = (store, path);
+        Ok(None)
+    }
 }
 
 /// The side of a batch of square RGB images.

@@ -49,6 +49,9 @@ pub enum ModelError {
         /// All taps.
         known: Vec<String>,
     },
+    /// A store that lacks a parameter.
+    #[error("the store has no parameter `{0}`")]
+    Missing(String),
     /// Dimensions that don't fit together.
     #[error("{0}")]
     Dims(String),

@@ -4,26 +4,33 @@
 //!   from the file.
 //! * [`Backbone::build`], [`TextEncoder::build`]: add it to a step graph, with taps for distillation.
 //! * [`projection`]: projection head, regressors, logit scale.
+//! * [`reparam`]: multi-branch blocks folded into single convolutions for inference.
 //! * [`weights`]: safetensors in and out; [`export`]: the student under timm's and open_clip's names.
 //!
 //! A new image backbone is one file that implements [`Backbone`] and has an entry, and one line in `registry.rs`.
 
 mod backbone;
+mod convnext;
 mod error;
 pub mod export;
+mod fastvit;
+mod layers;
 mod mobilevit;
 mod params;
 pub mod projection;
 mod registry;
+pub mod reparam;
 mod text;
 mod transformer;
 mod vit;
 pub mod weights;
 
 pub use backbone::{
-    Backbone, CLIP_MEAN, CLIP_STD, ImageOutputs, Interpolation, Naming, Preprocess, Tap, TapInfo, TapShape,
+    Backbone, CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, ImageOutputs, Interpolation, Naming, Preprocess, Tap, TapInfo, TapShape,
 };
+pub use convnext::{ConvNext, ConvNextSizes};
 pub use error::ModelError;
+pub use fastvit::{FastVit, FastVitSizes};
 pub use mobilevit::{MobileVit, MobileVitSizes};
 pub use registry::{BackboneEntry, TextEncoderEntry, backbone, backbones, text_encoder, text_encoders};
 pub use text::{TextEncoder, TextOutputs, TextSizes, TextTransformer, eot_positions};

@@ -66,3 +66,8 @@ pub(crate) fn positive(param: &'static str, values: &[usize]) -> Result<(), (&'s
 pub(crate) fn positive_factor(param: &'static str, value: f64) -> Result<(), (&'static str, String)> {
     if (0.0625..=64.0).contains(&value) { Ok(()) } else { Err((param, format!("must be 0.0625 to 64, not {value}"))) }
 }
+
+/// Refuses a value that is not in 0 .. `largest`.
+pub(crate) fn rate(param: &'static str, value: f64, largest: f64) -> Result<(), (&'static str, String)> {
+    if (0.0..=largest).contains(&value) { Ok(()) } else { Err((param, format!("must be 0 to {largest}, not {value}"))) }
+}

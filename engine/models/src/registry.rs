@@ -5,7 +5,7 @@ use schemars::{Schema, SchemaGenerator};
 use crate::backbone::Backbone;
 use crate::error::{ModelError, nearest};
 use crate::text::TextEncoder;
-use crate::{mobilevit, text, vit};
+use crate::{convnext, fastvit, mobilevit, text, vit};
 
 /// A registered image backbone.
 #[derive(Clone, Copy, Debug)]
@@ -35,7 +35,23 @@ pub struct TextEncoderEntry {
     pub make: fn(&toml::Table) -> Result<Box<dyn TextEncoder>, ModelError>,
 }
 
-static BACKBONES: &[BackboneEntry] = &[mobilevit::XXS, mobilevit::XS, mobilevit::S, vit::VIT];
+static BACKBONES: &[BackboneEntry] = &[
+    mobilevit::XXS,
+    mobilevit::XS,
+    mobilevit::S,
+    convnext::ATTO,
+    convnext::FEMTO,
+    convnext::PICO,
+    convnext::NANO,
+    convnext::TINY,
+    fastvit::MCI0,
+    fastvit::MCI1,
+    fastvit::MCI2,
+    vit::VIT,
+    vit::TINY,
+    vit::SMALL,
+    vit::BASE,
+];
 
 static TEXT_ENCODERS: &[TextEncoderEntry] = &[text::TRANSFORMER];
 

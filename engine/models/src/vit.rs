@@ -13,7 +13,7 @@ use crate::params::{Sizes, decode, encode, positive, positive_factor, schema};
 use crate::registry::BackboneEntry;
 use crate::transformer::{BlockInit, LN_EPS, MlpActivation, Transformer, project};
 
-/// Sizes of a vision transformer; the defaults are ViT-B/16's.
+/// Sizes of a vision transformer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct VitSizes {
@@ -58,28 +58,64 @@ pub(crate) fn check_transformer(width: usize, heads: usize, mlp_ratio: f64) -> R
     Ok(())
 }
 
-const B16: VitSizes =
+const BASE_SIZES: VitSizes =
     VitSizes { patch_size: 16, width: 768, depth: 12, heads: 12, mlp_ratio: 4.0, act: MlpActivation::Gelu };
+
+const SMALL_SIZES: VitSizes = VitSizes { width: 384, heads: 6, ..BASE_SIZES };
+
+const TINY_SIZES: VitSizes = VitSizes { width: 192, heads: 3, ..BASE_SIZES };
 
 /// `vit`.
 pub const VIT: BackboneEntry = BackboneEntry {
     name: "vit",
     family: "vit",
     summary: "Vision transformer in CLIP's form, any size; ViT-B/16 by default (open_clip's names)",
-    params: |generator| schema(generator, &B16),
-    make: |set| {
-        let sizes = decode("vit", &B16, set)?;
-        Ok(Box::new(Vit { sizes }))
-    },
+    params: |generator| schema(generator, &BASE_SIZES),
+    make: |set| Vit::boxed("vit", &BASE_SIZES, set),
+};
+
+/// `vit_tiny`.
+pub const TINY: BackboneEntry = BackboneEntry {
+    name: "vit_tiny",
+    family: "vit",
+    summary: "ViT-Ti/16 in CLIP's form: a vision transformer of width 192, 5.5 M parameters (open_clip's names)",
+    params: |generator| schema(generator, &TINY_SIZES),
+    make: |set| Vit::boxed("vit_tiny", &TINY_SIZES, set),
+};
+
+/// `vit_small`.
+pub const SMALL: BackboneEntry = BackboneEntry {
+    name: "vit_small",
+    family: "vit",
+    summary: "ViT-S/16 in CLIP's form: a vision transformer of width 384, 22 M parameters (open_clip's names)",
+    params: |generator| schema(generator, &SMALL_SIZES),
+    make: |set| Vit::boxed("vit_small", &SMALL_SIZES, set),
+};
+
+/// `vit_base`.
+pub const BASE: BackboneEntry = BackboneEntry {
+    name: "vit_base",
+    family: "vit",
+    summary: "ViT-B/16 in CLIP's form: a vision transformer of width 768, 86 M parameters (open_clip's names)",
+    params: |generator| schema(generator, &BASE_SIZES),
+    make: |set| Vit::boxed("vit_base", &BASE_SIZES, set),
 };
 
 /// A vision transformer.
 #[derive(Clone, Debug)]
 pub struct Vit {
+    name: &'static str,
     sizes: VitSizes,
+    published: bool,
 }
 
 impl Vit {
+    fn boxed(name: &'static str, defaults: &VitSizes, set: &toml::Table) -> Result<Box<dyn Backbone>, ModelError> {
+        let sizes = decode(name, defaults, set)?;
+        let published = sizes == *defaults;
+        Ok(Box::new(Vit { name, sizes, published }))
+    }
+
     fn transformer(&self) -> Transformer {
         let s = &self.sizes;
         Transformer {
@@ -100,7 +136,7 @@ impl Vit {
 
 impl Backbone for Vit {
     fn name(&self) -> &'static str {
-        VIT.name
+        self.name
     }
 
     fn params(&self) -> toml::Table {
@@ -108,7 +144,7 @@ impl Backbone for Vit {
     }
 
     fn is_published(&self) -> bool {
-        self.sizes == B16
+        self.published
     }
 
     fn preprocess(&self) -> Preprocess {
