@@ -1,16 +1,26 @@
-//! Weights in safetensors files: reading into a [`ParamStore`](mcpipe_graph::ParamStore) by name, and atomic writing.
+//! Weight files: reading safetensors and PyTorch's checkpoints into a [`ParamStore`](mcpipe_graph::ParamStore) by name,
+//! and atomic writing of safetensors.
 
+mod apple;
+mod element;
+mod globals;
 mod load;
+mod pickle;
 mod read;
+mod rules;
+mod slot;
+mod torch;
+mod torch_zip;
 mod write;
 
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
+pub use element::Element;
 pub(crate) use load::path_prefix;
 pub use load::{Loaded, NameMap};
-pub use read::Checkpoint;
+pub use read::{Checkpoint, Container, Source};
 pub use write::{Entry, write_atomic, write_safetensors};
 
 /// A weight file that can't be read, written, or taken by a model.
@@ -35,11 +45,19 @@ pub enum WeightsError {
         message: String,
     },
     /// The file is damaged.
-    #[error("{}: not a whole safetensors file: {message}", .path.display())]
+    #[error("{}: damaged, or no weight file: {message}", .path.display())]
     Corrupt {
         /// File.
         path: PathBuf,
-        /// What is wrong.
+        /// What is wrong, and where.
+        message: String,
+    },
+    /// The file asks for something that is not done, such as a call of a function.
+    #[error("{}: refused: {message}", .path.display())]
+    Refused {
+        /// File.
+        path: PathBuf,
+        /// What it asks for, and where.
         message: String,
     },
     /// A tensor's element type is not a floating-point one that is read.
