@@ -82,8 +82,7 @@ const FEMTO_SIZES: ConvNextSizes = ConvNextSizes { dims: [48, 96, 192, 384], ..A
 
 const PICO_SIZES: ConvNextSizes = ConvNextSizes { dims: [64, 128, 256, 512], ..ATTO_SIZES };
 
-const NANO_SIZES: ConvNextSizes =
-    ConvNextSizes { depths: [2, 2, 8, 2], dims: [80, 160, 320, 640], ..ATTO_SIZES };
+const NANO_SIZES: ConvNextSizes = ConvNextSizes { depths: [2, 2, 8, 2], dims: [80, 160, 320, 640], ..ATTO_SIZES };
 
 const TINY_SIZES: ConvNextSizes =
     ConvNextSizes { depths: [3, 3, 9, 3], dims: [96, 192, 384, 768], conv_mlp: false, ..ATTO_SIZES };
@@ -248,12 +247,8 @@ impl Backbone for ConvNext {
         let side = image_side(self.name, image)?;
         let mut taps = Taps::new(self.name, taps, self.taps(side)?)?;
         let s = &self.sizes;
-        let patches = |out: usize, side: usize| ConvArgs {
-            stride: side,
-            pad: 0,
-            bias: true,
-            ..ConvArgs::new(out, side)
-        };
+        let patches =
+            |out: usize, side: usize| ConvArgs { stride: side, pad: 0, bias: true, ..ConvArgs::new(out, side) };
         let stem = path.at("stem");
         let x = conv2d_with(g, &stem.at(0), image, patches(s.dims[0], PATCH), WEIGHT, Init::Zeros)?;
         let mut x_bhwc = g.layer_norm(&stem.at(1), &x, LN_EPS)?;

@@ -10,6 +10,7 @@
 //! A new image backbone is one file that implements [`Backbone`] and has an entry, and one line in `registry.rs`.
 
 mod backbone;
+mod bert;
 mod convnext;
 mod error;
 pub mod export;
@@ -19,21 +20,26 @@ mod mobilevit;
 mod params;
 pub mod projection;
 mod registry;
-pub mod reparam;
+mod reparam;
+pub mod repmixer;
+mod siglip;
 mod text;
 mod transformer;
 mod vit;
 pub mod weights;
 
 pub use backbone::{
-    Backbone, CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, ImageOutputs, Interpolation, Naming, Preprocess, Tap, TapInfo, TapShape,
+    Backbone, CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, ImageOutputs, Interpolation, Naming, Preprocess, Tap,
+    TapInfo, TapShape,
 };
+pub use bert::{Bert, BertPool, BertSizes};
 pub use convnext::{ConvNext, ConvNextSizes};
 pub use error::ModelError;
 pub use fastvit::{FastVit, FastVitSizes};
 pub use mobilevit::{MobileVit, MobileVitSizes};
 pub use registry::{BackboneEntry, TextEncoderEntry, backbone, backbones, text_encoder, text_encoders};
-pub use text::{TextEncoder, TextOutputs, TextSizes, TextTransformer, eot_positions};
+pub use siglip::{Siglip, SiglipSizes};
+pub use text::{TextEncoder, TextOutputs, TextPool, TextSizes, TextTransformer, Vocabulary, eot_positions};
 pub use transformer::MlpActivation;
 pub use vit::{Vit, VitSizes};
 pub use weights::{Checkpoint, WeightsError};

@@ -81,8 +81,7 @@ const MCI0_SIZES: FastVitSizes = FastVitSizes {
 
 const MCI1_SIZES: FastVitSizes = FastVitSizes { layers: [4, 12, 20, 4], ..MCI0_SIZES };
 
-const MCI2_SIZES: FastVitSizes =
-    FastVitSizes { layers: [4, 12, 24, 4], dims: [80, 160, 320, 640], ..MCI0_SIZES };
+const MCI2_SIZES: FastVitSizes = FastVitSizes { layers: [4, 12, 24, 4], dims: [80, 160, 320, 640], ..MCI0_SIZES };
 
 /// `fastvit_mci0`.
 pub const MCI0: BackboneEntry = BackboneEntry {
@@ -132,11 +131,7 @@ pub struct FastVit {
 }
 
 impl FastVit {
-    fn boxed(
-        name: &'static str,
-        defaults: &FastVitSizes,
-        set: &toml::Table,
-    ) -> Result<Box<dyn Backbone>, ModelError> {
+    fn boxed(name: &'static str, defaults: &FastVitSizes, set: &toml::Table) -> Result<Box<dyn Backbone>, ModelError> {
         let sizes: FastVitSizes = decode(name, defaults, set)?;
         // The folded form is published as much as the one that it is made from.
         let published = FastVitSizes { reparam: false, ..sizes.clone() } == *defaults;

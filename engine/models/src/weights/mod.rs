@@ -4,6 +4,7 @@
 mod apple;
 mod element;
 mod globals;
+mod hugging_face;
 mod load;
 mod pickle;
 mod read;
@@ -18,8 +19,8 @@ use std::io;
 use std::path::PathBuf;
 
 pub use element::Element;
-pub(crate) use load::path_prefix;
 pub use load::{Loaded, NameMap};
+pub(crate) use load::{TEXT_ROOTS, path_prefix};
 pub use read::{Checkpoint, Container, Source};
 pub use write::{Entry, write_atomic, write_safetensors};
 
