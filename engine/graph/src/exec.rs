@@ -260,8 +260,9 @@ impl<B: Backend> Executor<B> {
         Ok(())
     }
 
-    /// Moves the running statistics of every batch norm in `store` towards this forward's batch. Once a step: with
-    /// gradient accumulation, after the forward that is followed by a backward.
+    /// Moves the running statistics of every batch norm in `store` towards this forward's batch. Once a step, before the
+    /// backward, which reuses the memory of the batch's statistics: with gradient accumulation, after the forward that
+    /// is followed by a backward.
     pub fn update_running_statistics(&mut self, store: &mut ParamStore<B::Buffer>) {
         let graph = Arc::clone(&self.graph);
         for (id, node) in graph.nodes() {

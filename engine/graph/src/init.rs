@@ -12,7 +12,7 @@ pub enum Init {
     Constant(f32),
     /// Normal with mean 0 and the given standard deviation.
     Normal(f32),
-    /// Normal with mean 0, cut at ±2 standard deviations (redrawn), as timm's `trunc_normal_` for small deviations.
+    /// Normal with mean 0, cut at ±2 standard deviations (redrawn), as timm's `trunc_normal_tf_`.
     TruncNormal(f32),
     /// Uniform in ±bound.
     Uniform(f32),

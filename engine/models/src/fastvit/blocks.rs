@@ -9,8 +9,9 @@ use crate::reparam::{Folding, Kernel};
 /// Batch norm's epsilon.
 const BN_EPS: f64 = 1e-5;
 
-/// Initialisation of the linear layers and of the convolutions inside the MLPs.
-pub(super) const WEIGHT: Init = Init::TruncNormal(0.02);
+/// Initialisation of the linear layers and of the convolutions inside the MLPs. (timm cuts its normal draws at ±2, a
+/// hundred deviations: not at all.)
+pub(super) const WEIGHT: Init = Init::Normal(0.02);
 
 /// Convolution without bias at `{path}.conv`, batch norm at `{path}.bn`.
 fn conv_norm(g: &mut GraphBuilder, path: &Path, x: &Tensor, conv: ConvArgs, init: Init) -> Result<Tensor, ModelError> {

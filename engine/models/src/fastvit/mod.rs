@@ -6,7 +6,7 @@
 
 mod blocks;
 
-use mcpipe_graph::{Activation, BatchNormArgs, GraphBuilder, Init, ParamStore, Path, Tensor};
+use mcpipe_graph::{Activation, BatchNormArgs, GraphBuilder, ParamStore, Path, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
