@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::ModelError;
 use crate::params::{Sizes, decode, encode, positive, schema};
 use crate::registry::TextEncoderEntry;
-use crate::text::{TextEncoder, TextOutputs, Vocabulary};
+use crate::text::{LastToken, TextEncoder, TextOutputs, Vocabulary};
 use crate::transformer::project;
 use crate::vit::check_transformer;
 
@@ -205,9 +205,8 @@ impl TextEncoder for Bert {
         }
     }
 
-    fn last_positions(&self, ids: &[i32], length: usize) -> Vec<i32> {
-        let last = |row: &[i32]| row.iter().rposition(|&id| id != self.sizes.padding_id).unwrap_or(0) as i32;
-        if length == 0 { Vec::new() } else { ids.chunks_exact(length).map(last).collect() }
+    fn last_token(&self) -> LastToken {
+        LastToken::BeforePadding(self.sizes.padding_id)
     }
 
     /// With a `dim` other than the width, the pooled features are projected onto it by `text_projection [width, dim]`,

@@ -39,7 +39,7 @@ pub use fastvit::{FastVit, FastVitSizes};
 pub use mobilevit::{MobileVit, MobileVitSizes};
 pub use registry::{BackboneEntry, TextEncoderEntry, backbone, backbones, text_encoder, text_encoders};
 pub use siglip::{Siglip, SiglipSizes};
-pub use text::{TextEncoder, TextOutputs, TextPool, TextSizes, TextTransformer, Vocabulary, eot_positions};
+pub use text::{LastToken, TextEncoder, TextOutputs, TextPool, TextSizes, TextTransformer, Vocabulary, eot_positions};
 pub use transformer::MlpActivation;
 pub use vit::{Vit, VitSizes};
 pub use weights::{Checkpoint, WeightsError};

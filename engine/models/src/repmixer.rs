@@ -28,7 +28,7 @@ fn add_scaled(g: &mut GraphBuilder, path: &Path, x: &Tensor, y: &Tensor) -> Resu
 /// A 1x1 convolution `{path}.{weight [out, in, 1, 1], bias}`, which over tokens is a linear map.
 fn pointwise(g: &mut GraphBuilder, path: &Path, x: &Tensor, out: usize) -> Result<Tensor, ModelError> {
     let c = x.shape()[2];
-    let w = g.param(&path.at("weight"), &[out, c, 1, 1], Init::TruncNormal(STD))?;
+    let w = g.param(&path.at("weight"), &[out, c, 1, 1], Init::Normal(STD))?;
     let w = g.reshape(&w, &[out, c])?;
     let b = g.param(&path.at("bias"), &[out], Init::Zeros)?;
     Ok(g.linear_with(x, &w, Some(&b))?)
@@ -54,7 +54,7 @@ pub(crate) fn text_block(
     let x_bnc = add_scaled(g, &mixer, x_bnc, &change)?;
 
     let ffn = path.at("convffn");
-    let y = g.token_conv(&ffn.at("conv.conv"), &x_bnc, kernel, Init::TruncNormal(STD))?;
+    let y = g.token_conv(&ffn.at("conv.conv"), &x_bnc, kernel, Init::Normal(STD))?;
     let y = batch_norm(g, &ffn.at("conv.bn"), &y)?;
     let y = pointwise(g, &ffn.at("fc1"), &y, MLP_RATIO * width)?;
     let y = g.activation(&y, Activation::Gelu);

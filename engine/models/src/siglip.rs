@@ -16,7 +16,7 @@ use crate::vit::check_transformer;
 /// LayerNorm's epsilon.
 const EPS: f32 = 1e-6;
 /// Deviation of the first weights.
-const INIT: Init = Init::TruncNormal(0.02);
+const INIT: Init = Init::Normal(0.02);
 
 /// Sizes of a SigLIP vision transformer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]

@@ -37,6 +37,37 @@ pub enum Vocabulary {
     },
 }
 
+/// Which position of a row of token ids is the last that counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LastToken {
+    /// That of the end-of-text token: the first of the largest id, which is CLIP's rule.
+    LargestId,
+    /// The row's last, whatever stands there.
+    End,
+    /// That of the last id that is not this padding.
+    BeforePadding(i32),
+}
+
+impl LastToken {
+    /// The position in each row of `length` ids. A trailing part row is left out.
+    pub fn positions(self, ids: &[i32], length: usize) -> Vec<i32> {
+        if length == 0 {
+            return Vec::new();
+        }
+        let position = |row: &[i32]| match self {
+            LastToken::LargestId => largest_id(row),
+            LastToken::End => length as i32 - 1,
+            LastToken::BeforePadding(padding) => row.iter().rposition(|&id| id != padding).unwrap_or(0) as i32,
+        };
+        ids.chunks_exact(length).map(position).collect()
+    }
+}
+
+fn largest_id(row: &[i32]) -> i32 {
+    let larger = |best: (usize, i32), (i, &id): (usize, &i32)| if id > best.1 { (i, id) } else { best };
+    row.iter().enumerate().fold((0, i32::MIN), larger).0 as i32
+}
+
 /// A text encoder of some size.
 pub trait TextEncoder: Debug + Send + Sync {
     /// Registered name.
@@ -64,14 +95,14 @@ pub trait TextEncoder: Debug + Send + Sync {
         &TEXT_ROOTS
     }
 
-    /// The last position that counts in each row of `length` ids: that of the end-of-text token, by CLIP's rule.
-    fn last_positions(&self, ids: &[i32], length: usize) -> Vec<i32> {
-        eot_positions(ids, length)
+    /// Which position of a caption is the last that counts.
+    fn last_token(&self) -> LastToken {
+        LastToken::LargestId
     }
 
     /// Adds the encoder to `g`, its parameters under `path`, over token ids `ids [B, L]` (an `i32` input, L up to
     /// [`context_length`](Self::context_length)) and the positions `eot [B]` of their last tokens (an `i32` input, see
-    /// [`last_positions`](Self::last_positions)).
+    /// [`last_token`](Self::last_token)).
     ///
     /// # Errors
     /// A length that the encoder can't take, or parameters that another model of the graph holds with other shapes.
@@ -88,12 +119,7 @@ pub trait TextEncoder: Debug + Send + Sync {
 /// Position of the end-of-text token in each row of `length` ids: the first of the largest id, which is CLIP's rule.
 /// A trailing part row is left out.
 pub fn eot_positions(ids: &[i32], length: usize) -> Vec<i32> {
-    let row = |row: &[i32]| {
-        let largest =
-            row.iter().enumerate().fold((0, i32::MIN), |best, (i, &id)| if id > best.1 { (i, id) } else { best });
-        largest.0 as i32
-    };
-    if length == 0 { Vec::new() } else { ids.chunks_exact(length).map(row).collect() }
+    LastToken::LargestId.positions(ids, length)
 }
 
 /// Which token's features are the text's.
@@ -279,11 +305,10 @@ impl TextEncoder for TextTransformer {
         self.sizes.width
     }
 
-    fn last_positions(&self, ids: &[i32], length: usize) -> Vec<i32> {
+    fn last_token(&self) -> LastToken {
         match self.sizes.pool {
-            TextPool::Eot => eot_positions(ids, length),
-            TextPool::Last if length == 0 => Vec::new(),
-            TextPool::Last => vec![length as i32 - 1; ids.len() / length],
+            TextPool::Eot => LastToken::LargestId,
+            TextPool::Last => LastToken::End,
         }
     }
 

@@ -72,7 +72,7 @@ pub fn read_weights(
     }
     if let Some(tower) = text {
         declare(&mut store, &text_graph(tower)?);
-        names = names.and_text(&file, TEXT);
+        names = names.and_text_of(&file, TEXT, tower.roots());
     }
     file.load(&mut store, &names)?;
     let logit_scale = file.values(LOGIT_SCALE)?.and_then(|v| v.first().map(|&log| f64::from(log).exp()));

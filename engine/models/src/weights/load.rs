@@ -21,7 +21,7 @@ pub struct Loaded {
 }
 
 /// Top-level names of a text tower in open_clip's `CLIP` form.
-pub(crate) const TEXT_ROOTS: [&str; 5] =
+pub const TEXT_ROOTS: [&str; 5] =
     ["token_embedding.", "positional_embedding", "transformer.", "ln_final.", "text_projection"];
 
 impl NameMap {
@@ -55,8 +55,8 @@ impl NameMap {
         self.and_text_of(checkpoint, path, &TEXT_ROOTS)
     }
 
-    /// As [`and_text`](Self::and_text), for a tower whose names begin with `roots`
-    /// (see [`TextEncoder::roots`](crate::TextEncoder::roots)).
+    /// As [`and_text`](Self::and_text), for a tower whose names begin with `roots` where it stands at the top level (see
+    /// [`TextEncoder::roots`](crate::TextEncoder::roots)).
     pub fn and_text_of(self, checkpoint: &Checkpoint, path: &str, roots: &[&str]) -> Self {
         if checkpoint.names().any(|n| n.starts_with("text.")) {
             return self.and("text.", path_prefix(path));

@@ -19,8 +19,8 @@ use std::io;
 use std::path::PathBuf;
 
 pub use element::Element;
-pub use load::{Loaded, NameMap};
-pub(crate) use load::{TEXT_ROOTS, path_prefix};
+pub(crate) use load::path_prefix;
+pub use load::{Loaded, NameMap, TEXT_ROOTS};
 pub use read::{Checkpoint, Container, Source};
 pub use write::{Entry, write_atomic, write_safetensors};
 

@@ -71,7 +71,12 @@ impl Stage for LoadTeacher {
         let file = self.file()?;
         let (digest, _) = file_digest(file).map_err(|e| RunError::read(file, e))?;
         let spec = &self.resolved.spec().teachers[self.at];
-        Ok(json!({ "file": digest, "image": spec.image(), "text": spec.text(), "dim": spec.dim() }))
+        let vocabulary = match &self.resolved.models.teachers[self.at].text {
+            Some(TextSide::Own(tower)) => tower.tokenizer.digest(),
+            _ => None,
+        };
+        let (image, text) = (spec.image(), spec.text());
+        Ok(json!({ "file": digest, "image": image, "text": text, "vocabulary": vocabulary, "dim": spec.dim() }))
     }
 
     fn load(&self) -> Load {
