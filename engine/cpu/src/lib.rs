@@ -1,6 +1,7 @@
 //! mcpipe's CPU kernels and the bridge to dfdx: forward and VJP of each op on plain slices
 
 pub mod activation;
+pub mod alloc;
 pub mod attention;
 pub mod attention_pool;
 pub mod bridge;

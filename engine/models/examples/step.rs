@@ -8,6 +8,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use mcpipe_cpu::alloc::CacheAligned;
 use mcpipe_cpu::optim::adamw_step;
 use mcpipe_cpu::{Linear, Precision, Workspace, linear_forward};
 use mcpipe_graph::{
@@ -15,6 +16,9 @@ use mcpipe_graph::{
 };
 
 use rayon::prelude::*;
+
+#[global_allocator]
+static ALLOCATOR: CacheAligned = CacheAligned;
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
