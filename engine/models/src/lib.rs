@@ -11,6 +11,7 @@
 
 mod backbone;
 mod bert;
+mod convmixer;
 mod convnext;
 mod efficientnet;
 mod error;
@@ -38,6 +39,7 @@ pub use backbone::{
     TapInfo, TapShape,
 };
 pub use bert::{Bert, BertPool, BertSizes};
+pub use convmixer::{ConvMixer, ConvMixerSizes};
 pub use convnext::{ConvNext, ConvNextSizes};
 pub use efficientnet::{EfficientNet, EfficientNetSizes};
 pub use error::ModelError;

@@ -5,7 +5,9 @@ use schemars::{Schema, SchemaGenerator};
 use crate::backbone::Backbone;
 use crate::error::{ModelError, nearest};
 use crate::text::TextEncoder;
-use crate::{bert, convnext, efficientnet, fastvit, mobilenetv3, mobilevit, mobilevitv2, resnet, siglip, text, vit};
+use crate::{
+    bert, convmixer, convnext, efficientnet, fastvit, mobilenetv3, mobilevit, mobilevitv2, resnet, siglip, text, vit,
+};
 
 /// A registered image backbone.
 #[derive(Clone, Copy, Debug)]
@@ -53,6 +55,7 @@ static BACKBONES: &[BackboneEntry] = &[
     efficientnet::LITE0,
     resnet::R18,
     resnet::R50,
+    convmixer::KS9_P14,
     convnext::ATTO,
     convnext::FEMTO,
     convnext::PICO,
