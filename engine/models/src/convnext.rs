@@ -12,7 +12,7 @@ use crate::backbone::{
     image_side,
 };
 use crate::error::ModelError;
-use crate::layers::{conv2d_with, drop_path_rates};
+use crate::layers::{check_reduction, conv2d_with, drop_path_rates, scaled};
 use crate::params::{Sizes, decode, encode, positive, positive_factor, rate, schema};
 use crate::registry::BackboneEntry;
 
@@ -64,7 +64,7 @@ impl Sizes for ConvNextSizes {
 impl ConvNextSizes {
     /// Hidden channels of a block.
     fn hidden(&self, dim: usize) -> usize {
-        (dim as f64 * self.mlp_ratio) as usize
+        scaled(dim, self.mlp_ratio)
     }
 }
 
@@ -220,11 +220,7 @@ impl Backbone for ConvNext {
     }
 
     fn check_image_size(&self, size: usize) -> Result<(), ModelError> {
-        if size < 8 * PATCH {
-            let message = format!("it halves the image down to 1/{0}, so the side is {0} or more", 8 * PATCH);
-            return Err(ModelError::ImageSize { backbone: self.name.to_owned(), size, message });
-        }
-        Ok(())
+        check_reduction(self.name, 8 * PATCH, size)
     }
 
     fn taps(&self, image_size: usize) -> Result<Vec<TapInfo>, ModelError> {
@@ -255,7 +251,7 @@ impl Backbone for ConvNext {
         let x = conv2d_with(g, &stem.at(0), image, patches(s.dims[0], PATCH), WEIGHT, Init::Zeros)?;
         let mut x_bhwc = g.layer_norm(&stem.at(1), &x, LN_EPS)?;
         taps.add("stem", &x_bhwc);
-        let mut rates = drop_path_rates(s.drop_path, &s.depths).into_iter();
+        let mut rates = drop_path_rates(s.drop_path, s.depths.iter().sum());
         for i in 0..4 {
             let stage = path.at("stages").at(i);
             if i > 0 {
@@ -264,7 +260,7 @@ impl Backbone for ConvNext {
                 x_bhwc = conv2d_with(g, &down.at(1), &x, patches(s.dims[i], 2), WEIGHT, Init::Zeros)?;
             }
             for j in 0..s.depths[i] {
-                let drop = rates.next().unwrap_or(0.0);
+                let drop = rates.next().unwrap_or_default();
                 x_bhwc = self.block(g, &stage.at("blocks").at(j), &x_bhwc, drop)?;
             }
             taps.add(&format!("stages.{i}"), &x_bhwc);

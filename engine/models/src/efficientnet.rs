@@ -10,30 +10,10 @@ use crate::backbone::{
     image_side,
 };
 use crate::error::ModelError;
-use crate::mbconv::{Block, Kind, SqueezeExcite, Trunk, check_reduction, classifier, conv_bn, odd};
-use crate::mobilevit::divisible_by_8;
+use crate::layers::{ConvActivation, check_reduction, conv_bn, divisible_by_8};
+use crate::mbconv::{Block, Kind, Trunk, classifier, odd, squeeze_excite};
 use crate::params::{Sizes, decode, encode, positive, positive_factor, rate, schema};
 use crate::registry::BackboneEntry;
-
-/// Activation of an EfficientNet.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-#[schemars(inline)]
-pub enum EfficientNetActivation {
-    /// x·σ(x).
-    Silu,
-    /// min(max(x, 0), 6).
-    Relu6,
-}
-
-impl From<EfficientNetActivation> for Activation {
-    fn from(act: EfficientNetActivation) -> Activation {
-        match act {
-            EfficientNetActivation::Silu => Activation::Silu,
-            EfficientNetActivation::Relu6 => Activation::Relu6,
-        }
-    }
-}
 
 /// Sizes of an EfficientNet: seven stages of inverted bottlenecks before `width` and `depth` scale them.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -70,7 +50,7 @@ pub struct EfficientNetSizes {
     #[schemars(range(min = 0.0, max = 1.0))]
     pub squeeze_excite: f64,
     /// Activation.
-    pub act: EfficientNetActivation,
+    pub act: ConvActivation,
     /// Channels after the last 1x1 convolution: the width of the pooled features.
     #[schemars(range(min = 1, max = 65536))]
     pub features: usize,
@@ -111,7 +91,7 @@ const B0_SIZES: EfficientNetSizes = EfficientNetSizes {
     strides: [1, 2, 2, 2, 1, 2, 1],
     expansions: [1.0, 6.0, 6.0, 6.0, 6.0, 6.0, 6.0],
     squeeze_excite: 0.25,
-    act: EfficientNetActivation::Silu,
+    act: ConvActivation::Silu,
     features: 1280,
     drop_path: 0.0,
 };
@@ -119,7 +99,7 @@ const B1_SIZES: EfficientNetSizes = EfficientNetSizes { depth: 1.1, ..B0_SIZES }
 const B2_SIZES: EfficientNetSizes = EfficientNetSizes { width: 1.1, depth: 1.2, ..B0_SIZES };
 const B3_SIZES: EfficientNetSizes = EfficientNetSizes { width: 1.2, depth: 1.4, ..B0_SIZES };
 const LITE0_SIZES: EfficientNetSizes =
-    EfficientNetSizes { fixed_ends: true, squeeze_excite: 0.0, act: EfficientNetActivation::Relu6, ..B0_SIZES };
+    EfficientNetSizes { fixed_ends: true, squeeze_excite: 0.0, act: ConvActivation::Relu6, ..B0_SIZES };
 
 const PREPROCESS: Preprocess = Preprocess {
     image_size: 224,
@@ -171,8 +151,9 @@ impl EfficientNet {
         preprocess: Preprocess,
         set: &toml::Table,
     ) -> Result<Box<dyn Backbone>, ModelError> {
-        let sizes = decode(name, defaults, set)?;
-        let published = sizes == *defaults;
+        let sizes: EfficientNetSizes = decode(name, defaults, set)?;
+        // How it is trained changes no shape.
+        let published = EfficientNetSizes { drop_path: defaults.drop_path, ..sizes.clone() } == *defaults;
         Ok(Box::new(EfficientNet { name, sizes, preprocess, published }))
     }
 
@@ -205,7 +186,7 @@ impl EfficientNet {
                 let hidden = if let Kind::Inverted(hidden) = kind { hidden } else { c_in };
                 let reduced = hidden as f64 * (s.squeeze_excite / s.expansions[i]);
                 let reduced = (reduced.round_ties_even() as usize).max(1);
-                let se = SqueezeExcite { reduced, act, gate: Activation::Sigmoid };
+                let se = squeeze_excite(reduced, act, Activation::Sigmoid);
                 let (out, stride) = (self.wide(s.channels[i]), if j == 0 { s.strides[i] } else { 1 });
                 let se = (s.squeeze_excite > 0.0).then_some(se);
                 blocks.push(Block { kind, kernel: s.kernels[i], stride, out, act, se, drop_path: 0.0 });

@@ -41,9 +41,10 @@ pub use backbone::{
 pub use bert::{Bert, BertPool, BertSizes};
 pub use convmixer::{ConvMixer, ConvMixerSizes};
 pub use convnext::{ConvNext, ConvNextSizes};
-pub use efficientnet::{EfficientNet, EfficientNetActivation, EfficientNetSizes};
+pub use efficientnet::{EfficientNet, EfficientNetSizes};
 pub use error::ModelError;
 pub use fastvit::{FastVit, FastVitSizes};
+pub use layers::ConvActivation;
 pub use mobilenetv3::{MobileNetV3, MobileNetV3Sizes};
 pub use mobilevit::{MobileVit, MobileVitSizes};
 pub use mobilevitv2::{MobileVitV2, MobileVitV2Sizes};

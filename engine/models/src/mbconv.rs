@@ -1,22 +1,11 @@
 //! Mobile inverted bottlenecks (Sandler et al. 2018) with the layers, names and initialisation of timm's
 //! `mobilenetv3_*` and `efficientnet_*`: a stem, stages of blocks under `blocks.{stage}.{block}`.
 
-use mcpipe_graph::{Activation, BatchNormArgs, ConvArgs, GraphBuilder, Init, Path, Tensor};
+use mcpipe_graph::{Activation, ConvArgs, GraphBuilder, Init, Path, Tensor};
 
 use crate::backbone::{TapInfo, TapShape, Taps};
 use crate::error::ModelError;
-use crate::mobilevit::strided;
-
-/// Squeeze-and-excitation (Hu et al. 2018) of a block.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct SqueezeExcite {
-    /// Channels between its two layers.
-    pub(crate) reduced: usize,
-    /// Activation between them.
-    pub(crate) act: Activation,
-    /// Activation that gives the factors.
-    pub(crate) gate: Activation,
-}
+use crate::layers::{SqueezeExcite, conv_bn, drop_path_rates, strided};
 
 /// What a block does.
 #[derive(Clone, Copy, Debug)]
@@ -54,31 +43,10 @@ pub(crate) struct Trunk {
     pub(crate) stages: Vec<Vec<Block>>,
 }
 
-/// Convolution and batch norm with an activation.
-pub(crate) fn conv_bn(
-    g: &mut GraphBuilder,
-    conv: &Path,
-    bn: &Path,
-    x_bhwc: &Tensor,
-    a: ConvArgs,
-    act: Activation,
-) -> Result<Tensor, ModelError> {
-    let y = g.conv2d(conv, x_bhwc, a)?;
-    Ok(g.batch_norm(bn, &y, BatchNormArgs::new(act))?)
-}
-
-/// `{path}.conv_reduce` and `{path}.conv_expand` on the pooled map, whose gate scales the channels.
-fn squeeze_excite(g: &mut GraphBuilder, path: &Path, x_bhwc: &Tensor, a: SqueezeExcite) -> Result<Tensor, ModelError> {
-    let (batch, c) = (x_bhwc.shape()[0], x_bhwc.shape()[3]);
-    let pooled = g.global_avg_pool(x_bhwc)?;
-    let s = g.reshape(&pooled, &[batch, 1, 1, c])?;
-    let biased = |out: usize| ConvArgs { bias: true, ..ConvArgs::new(out, 1) };
-    let s = g.conv2d(&path.at("conv_reduce"), &s, biased(a.reduced))?;
-    let s = g.activation(&s, a.act);
-    let s = g.conv2d(&path.at("conv_expand"), &s, biased(c))?;
-    let s = g.activation(&s, a.gate);
-    let s_bc = g.reshape(&s, &[batch, c])?;
-    Ok(g.scale_channels(x_bhwc, &s_bc)?)
+/// A block's squeeze-and-excitation by `conv_reduce` and `conv_expand`.
+pub(crate) fn squeeze_excite(reduced: usize, act: Activation, gate: Activation) -> SqueezeExcite {
+    let names = ["conv_reduce", "conv_expand"];
+    SqueezeExcite { names, reduced, act, gate, weight: Init::KaimingFanOut { groups: 1 }, bias: |_| Init::Zeros }
 }
 
 impl Block {
@@ -114,7 +82,7 @@ impl Block {
 
     fn excite(&self, g: &mut GraphBuilder, path: &Path, x_bhwc: Tensor) -> Result<Tensor, ModelError> {
         match self.se {
-            Some(se) => squeeze_excite(g, &path.at("se"), &x_bhwc, se),
+            Some(se) => se.build(g, &path.at("se"), &x_bhwc),
             None => Ok(x_bhwc),
         }
     }
@@ -123,9 +91,10 @@ impl Block {
 impl Trunk {
     /// Sets the blocks' rates of stochastic depth: timm's rule for these families, `rate · i/n` for block i of n.
     pub(crate) fn with_drop_path(mut self, rate: f64) -> Self {
-        let blocks = self.stages.iter().map(Vec::len).sum::<usize>().max(1);
-        for (i, block) in self.stages.iter_mut().flatten().enumerate() {
-            block.drop_path = (rate * i as f64 / blocks as f64) as f32;
+        let blocks = self.stages.iter().map(Vec::len).sum::<usize>();
+        // As if one block more followed.
+        for (block, rate) in self.stages.iter_mut().flatten().zip(drop_path_rates(rate, blocks + 1)) {
+            block.drop_path = rate;
         }
         self
     }
@@ -193,15 +162,6 @@ pub(crate) fn classifier(
         }
         None => Ok(features.clone()),
     }
-}
-
-/// Refuses an image that would vanish on its way.
-pub(crate) fn check_reduction(backbone: &'static str, reduction: usize, size: usize) -> Result<(), ModelError> {
-    if size < reduction {
-        let message = format!("it halves the image down to 1/{reduction}, so the side is {reduction} or more");
-        return Err(ModelError::ImageSize { backbone: backbone.to_owned(), size, message });
-    }
-    Ok(())
 }
 
 /// Refuses kernels that have no centre.

@@ -9,8 +9,8 @@ use crate::backbone::{
     Backbone, IMAGENET_MEAN, IMAGENET_STD, ImageOutputs, Interpolation, Naming, Preprocess, TapInfo, Taps, image_side,
 };
 use crate::error::ModelError;
-use crate::mbconv::{Block, Kind, SqueezeExcite, Trunk, check_reduction, classifier, odd};
-use crate::mobilevit::divisible_by_8;
+use crate::layers::{check_reduction, divisible_by_8};
+use crate::mbconv::{Block, Kind, Trunk, classifier, odd, squeeze_excite};
 use crate::params::{Sizes, decode, encode, positive, positive_factor, rate, schema};
 use crate::registry::BackboneEntry;
 
@@ -161,8 +161,9 @@ impl MobileNetV3 {
         interpolation: Interpolation,
         set: &toml::Table,
     ) -> Result<Box<dyn Backbone>, ModelError> {
-        let sizes = decode(name, defaults, set)?;
-        let published = sizes == *defaults;
+        let sizes: MobileNetV3Sizes = decode(name, defaults, set)?;
+        // How it is trained changes no shape.
+        let published = MobileNetV3Sizes { drop_path: defaults.drop_path, ..sizes.clone() } == *defaults;
         Ok(Box::new(MobileNetV3 { name, sizes, interpolation, published }))
     }
 
@@ -184,7 +185,7 @@ impl MobileNetV3 {
                     (Kind::Inverted(hidden), hidden)
                 };
                 let reduced = divisible_by_8(hidden as f64 * 0.25);
-                let se = SqueezeExcite { reduced, act: Activation::Relu, gate: Activation::HardSigmoid };
+                let se = squeeze_excite(reduced, Activation::Relu, Activation::HardSigmoid);
                 let (out, stride) = (wide(s.channels[i]), if j == 0 { s.strides[i] } else { 1 });
                 let se = s.squeeze_excite[i].then_some(se);
                 blocks.push(Block { kind, kernel: s.kernels[i], stride, out, act, se, drop_path: 0.0 });

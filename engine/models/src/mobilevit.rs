@@ -9,8 +9,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::backbone::{Backbone, ImageOutputs, Interpolation, Naming, Preprocess, TapInfo, TapShape, Taps, image_side};
 use crate::error::ModelError;
-use crate::mbconv::conv_bn;
-use crate::params::{Sizes, decode, encode, positive, positive_factor, schema};
+use crate::layers::{check_reduction, conv_norm_act, divisible_by_8, drop_path_rates, scaled, strided};
+use crate::params::{Sizes, decode, encode, positive, positive_factor, rate, schema};
 use crate::registry::BackboneEntry;
 
 /// Sizes of a MobileViT. Five stages of inverted residual blocks; the last three end in a MobileViT block.
@@ -50,6 +50,9 @@ pub struct MobileVitSizes {
     /// Channels after the last 1x1 convolution: the width of the pooled features.
     #[schemars(range(min = 1, max = 65536))]
     pub features: usize,
+    /// Rate of stochastic depth of the last block; it rises linearly from 0 at the first.
+    #[schemars(range(min = 0.0, max = 0.9))]
+    pub drop_path: f64,
 }
 
 impl Sizes for MobileVitSizes {
@@ -65,6 +68,7 @@ impl Sizes for MobileVitSizes {
         positive("features", &[self.features])?;
         positive_factor("expansion", self.expansion)?;
         positive_factor("mlp_ratio", self.mlp_ratio)?;
+        rate("drop_path", self.drop_path, 0.9)?;
         if let Some(dim) = self.transformer_dims.iter().find(|&&d| d % self.heads != 0) {
             return Err(("transformer_dims", format!("{} heads don't divide the width {dim}", self.heads)));
         }
@@ -87,6 +91,7 @@ const XXS_SIZES: MobileVitSizes = MobileVitSizes {
     mlp_ratio: 2.0,
     patch_size: 2,
     features: 320,
+    drop_path: 0.0,
 };
 
 const XS_SIZES: MobileVitSizes = MobileVitSizes {
@@ -138,33 +143,6 @@ const FIRST_TRANSFORMER_STAGE: usize = 2;
 /// LayerNorm's epsilon inside the transformers.
 const LN_EPS: f32 = 1e-5;
 
-/// `n · factor`, cut to an integer as timm does.
-pub(crate) fn scaled(n: usize, factor: f64) -> usize {
-    (n as f64 * factor) as usize
-}
-
-/// Channels rounded to a multiple of 8, not below 90 % of `v` (MobileNetV2's rule, as timm's `make_divisible`).
-pub(crate) fn divisible_by_8(v: f64) -> usize {
-    let rounded = (((v + 4.0) as usize) / 8 * 8).max(8);
-    if (rounded as f64) < 0.9 * v { rounded + 8 } else { rounded }
-}
-
-/// Side of the map after a 3x3 convolution with padding 1.
-pub(crate) fn strided(side: usize, stride: usize) -> usize {
-    (side - 1) / stride + 1
-}
-
-/// Convolution, batch norm and activation at `{path}.conv` and `{path}.bn`.
-pub(crate) fn conv_norm_act(
-    g: &mut GraphBuilder,
-    path: &Path,
-    x: &Tensor,
-    conv: ConvArgs,
-    act: Activation,
-) -> Result<Tensor, ModelError> {
-    conv_bn(g, &path.at("conv"), &path.at("bn"), x, conv, act)
-}
-
 /// Inverted residual block (Sandler et al. 2018) to `out` channels: expand by a factor, depthwise, project; where the
 /// shape stays it is added to its input, dropped at a rate.
 pub(crate) fn inverted_residual(
@@ -209,8 +187,9 @@ impl MobileVit {
         defaults: &MobileVitSizes,
         set: &toml::Table,
     ) -> Result<Box<dyn Backbone>, ModelError> {
-        let sizes = decode(name, defaults, set)?;
-        let published = sizes == *defaults;
+        let sizes: MobileVitSizes = decode(name, defaults, set)?;
+        // How it is trained changes no shape.
+        let published = MobileVitSizes { drop_path: defaults.drop_path, ..sizes.clone() } == *defaults;
         Ok(Box::new(MobileVit { name, sizes, published }))
     }
 
@@ -227,13 +206,15 @@ impl MobileVit {
         side.div_ceil(self.sizes.patch_size)
     }
 
-    /// One pre-norm transformer layer.
+    /// One pre-norm transformer layer. What stochastic depth drops is one sequence's branch, as in timm's, whose
+    /// sequences are of one position inside the patches.
     fn layer(
         &self,
         g: &mut GraphBuilder,
         path: &Path,
         tap: &str,
         x: &Tensor,
+        drop_path: f32,
         taps: &mut Taps<'_>,
     ) -> Result<Tensor, ModelError> {
         let (width, heads) = (x.shape()[2], self.sizes.heads);
@@ -246,11 +227,13 @@ impl MobileVit {
         }
         let y = g.attention(&qkv, heads, false)?;
         let y = g.linear(&path.at("attn.proj"), &y, width, true, init)?;
+        let y = g.drop_path(&y, drop_path)?;
         let x = g.add(x, &y)?;
         let y = g.layer_norm(&path.at("norm2"), &x, LN_EPS)?;
         let y = g.linear(&path.at("mlp.fc1"), &y, scaled(width, self.sizes.mlp_ratio), true, init)?;
         let y = g.activation(&y, Activation::Silu);
         let y = g.linear(&path.at("mlp.fc2"), &y, width, true, init)?;
+        let y = g.drop_path(&y, drop_path)?;
         Ok(g.add(&x, &y)?)
     }
 
@@ -262,7 +245,7 @@ impl MobileVit {
         path: &Path,
         name: &str,
         x_bhwc: &Tensor,
-        i: usize,
+        (i, drop_path): (usize, f32),
         taps: &mut Taps<'_>,
     ) -> Result<Tensor, ModelError> {
         let (side, channels) = (x_bhwc.shape()[1], self.sizes.channels[i]);
@@ -278,7 +261,7 @@ impl MobileVit {
         let mut y_bpnc = g.unfold_patches(&y, patch)?;
         for k in 0..depth {
             let tap = format!("{name}.transformer.{k}.attn");
-            y_bpnc = self.layer(g, &path.at("transformer").at(k), &tap, &y_bpnc, taps)?;
+            y_bpnc = self.layer(g, &path.at("transformer").at(k), &tap, &y_bpnc, drop_path, taps)?;
         }
         let y_bpnc = g.layer_norm(&path.at("norm"), &y_bpnc, LN_EPS)?;
         let y = g.fold_patches(&y_bpnc, whole, whole, patch)?;
@@ -321,12 +304,7 @@ impl Backbone for MobileVit {
     }
 
     fn check_image_size(&self, size: usize) -> Result<(), ModelError> {
-        let reduction: usize = 2 * self.sizes.strides.iter().product::<usize>();
-        if size < reduction {
-            let message = format!("it halves the image down to 1/{reduction}, so the side is {reduction} or more");
-            return Err(ModelError::ImageSize { backbone: self.name.to_owned(), size, message });
-        }
-        Ok(())
+        check_reduction(self.name, 2 * self.sizes.strides.iter().product::<usize>(), size)
     }
 
     fn taps(&self, image_size: usize) -> Result<Vec<TapInfo>, ModelError> {
@@ -364,17 +342,22 @@ impl Backbone for MobileVit {
         let side = image_side(self.name, image)?;
         let mut taps = Taps::new(self.name, taps, self.taps(side)?)?;
         let (s, silu) = (&self.sizes, Activation::Silu);
+        // The transformers are blocks, too.
+        let blocks = s.depths.iter().sum::<usize>() + s.transformer_depths.len();
+        let mut rates = drop_path_rates(s.drop_path, blocks);
+        let mut next = || rates.next().unwrap_or_default();
         let mut x_bhwc = conv_norm_act(g, &path.at("stem"), image, ConvArgs::new(s.stem, 3).stride(2), silu)?;
         taps.add("stem", &x_bhwc);
         for i in 0..5 {
             let stage = path.at("stages").at(i);
             for j in 0..s.depths[i] {
                 let stride = if j == 0 { s.strides[i] } else { 1 };
-                x_bhwc = inverted_residual(g, &stage.at(j), &x_bhwc, [s.channels[i], stride], s.expansion, 0.0)?;
+                x_bhwc = inverted_residual(g, &stage.at(j), &x_bhwc, [s.channels[i], stride], s.expansion, next())?;
             }
             if i >= FIRST_TRANSFORMER_STAGE {
                 let j = s.depths[i];
-                x_bhwc = self.block(g, &stage.at(j), &format!("stages.{i}.{j}"), &x_bhwc, i, &mut taps)?;
+                let name = format!("stages.{i}.{j}");
+                x_bhwc = self.block(g, &stage.at(j), &name, &x_bhwc, (i, next()), &mut taps)?;
             }
             taps.add(&format!("stages.{i}"), &x_bhwc);
         }

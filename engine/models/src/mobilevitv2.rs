@@ -9,8 +9,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::backbone::{Backbone, ImageOutputs, Interpolation, Naming, Preprocess, TapInfo, TapShape, Taps, image_side};
 use crate::error::ModelError;
-use crate::mbconv::check_reduction;
-use crate::mobilevit::{conv_norm_act, divisible_by_8, inverted_residual, scaled, strided};
+use crate::layers::{check_reduction, conv_norm_act, divisible_by_8, drop_path_rates, pointwise, scaled, strided};
+use crate::mobilevit::inverted_residual;
 use crate::params::{Sizes, decode, encode, positive, positive_factor, rate, schema};
 use crate::registry::BackboneEntry;
 
@@ -109,14 +109,8 @@ const FIRST_TRANSFORMER_STAGE: usize = 2;
 /// Group norm's epsilon.
 const GN_EPS: f32 = 1e-5;
 
-/// A 1x1 convolution of the last axis, whose weight is `[out, in, 1, 1]`, with bias.
-fn pointwise(g: &mut GraphBuilder, path: &Path, x: &Tensor, out: usize) -> Result<Tensor, ModelError> {
-    let c_in = x.shape().last().copied().unwrap_or(0);
-    let w = g.param(&path.at("weight"), &[out, c_in, 1, 1], Init::KaimingFanOut { groups: 1 })?;
-    let w = g.reshape(&w, &[out, c_in])?;
-    let b = g.param(&path.at("bias"), &[out], Init::Zeros)?;
-    Ok(g.linear_with(x, &w, Some(&b))?)
-}
+/// Initialisation of the transformers' weights.
+const WEIGHT: Init = Init::KaimingFanOut { groups: 1 };
 
 /// A MobileViTv2.
 #[derive(Clone, Debug)]
@@ -132,20 +126,15 @@ impl MobileVitV2 {
         defaults: &MobileVitV2Sizes,
         set: &toml::Table,
     ) -> Result<Box<dyn Backbone>, ModelError> {
-        let sizes = decode(name, defaults, set)?;
-        let published = sizes == *defaults;
+        let sizes: MobileVitV2Sizes = decode(name, defaults, set)?;
+        // How it is trained changes no shape.
+        let published = MobileVitV2Sizes { drop_path: defaults.drop_path, ..sizes.clone() } == *defaults;
         Ok(Box::new(MobileVitV2 { name, sizes, published }))
     }
 
     /// Side of a map whose sides are whole patches.
     fn whole(&self, side: usize) -> usize {
         side.next_multiple_of(self.sizes.patch_size)
-    }
-
-    /// Stochastic depth's rate of each block, transformers included, in order.
-    fn drop_rates(&self) -> impl Iterator<Item = f32> + use<> {
-        let (last, blocks) = (self.sizes.drop_path, self.sizes.depths.iter().sum::<usize>() + 3);
-        (0..blocks).map(move |i| (last * i as f64 / (blocks - 1) as f64) as f32)
     }
 
     /// One pre-norm layer of separable attention and MLP over `batch` images.
@@ -165,14 +154,14 @@ impl MobileVitV2 {
             Ok(g.add(x, &y)?)
         };
         let y = g.group_norm(&path.at("norm1"), x_bpnc, batch, GN_EPS)?;
-        let qkv = pointwise(g, &path.at("attn.qkv_proj"), &y, 1 + 2 * width)?;
+        let qkv = pointwise(g, &path.at("attn.qkv_proj"), &y, 1 + 2 * width, WEIGHT)?;
         let y = g.separable_attention(&qkv)?;
-        let y = pointwise(g, &path.at("attn.out_proj"), &y, width)?;
+        let y = pointwise(g, &path.at("attn.out_proj"), &y, width, WEIGHT)?;
         let x = add(g, x_bpnc, &y)?;
         let y = g.group_norm(&path.at("norm2"), &x, batch, GN_EPS)?;
-        let y = pointwise(g, &path.at("mlp.fc1"), &y, scaled(width, self.sizes.mlp_ratio))?;
+        let y = pointwise(g, &path.at("mlp.fc1"), &y, scaled(width, self.sizes.mlp_ratio), WEIGHT)?;
         let y = g.activation(&y, Activation::Silu);
-        let y = pointwise(g, &path.at("mlp.fc2"), &y, width)?;
+        let y = pointwise(g, &path.at("mlp.fc2"), &y, width, WEIGHT)?;
         add(g, &x, &y)
     }
 
@@ -269,7 +258,9 @@ impl Backbone for MobileVitV2 {
         let side = image_side(self.name, image)?;
         let mut taps = Taps::new(self.name, taps, self.taps(side)?)?;
         let s = &self.sizes;
-        let mut rates = self.drop_rates();
+        // The transformers are blocks, too.
+        let blocks = s.depths.iter().sum::<usize>() + s.transformer_depths.len();
+        let mut rates = drop_path_rates(s.drop_path, blocks);
         let mut next = || rates.next().unwrap_or_default();
         let stem = ConvArgs::new(s.stem, 3).stride(2);
         let mut x_bhwc = conv_norm_act(g, &path.at("stem"), image, stem, Activation::Silu)?;

@@ -4,34 +4,23 @@
 use mcpipe_graph::{Activation, BatchNormArgs, GraphBuilder, Init, Path, Tensor};
 
 use crate::error::ModelError;
+use crate::layers::{layer_scale, pointwise};
 
 /// Layer scale's first value.
 const LAYER_SCALE: f32 = 1e-5;
 /// Hidden width of the feed-forward part per width.
 const MLP_RATIO: usize = 4;
-/// Deviation of the feed-forward part's first weights.
-const STD: f32 = 0.02;
+/// Initialisation of the feed-forward part's weights.
+const WEIGHT: Init = Init::Normal(0.02);
 
 fn batch_norm(g: &mut GraphBuilder, path: &Path, x: &Tensor) -> Result<Tensor, ModelError> {
     Ok(g.batch_norm(path, x, BatchNormArgs::new(Activation::Identity))?)
 }
 
-/// `x + scale ∘ y` with the layer scale `{path}.layer_scale [C, 1, 1]`.
+/// `x + s ∘ y` with the layer scale s.
 fn add_scaled(g: &mut GraphBuilder, path: &Path, x: &Tensor, y: &Tensor) -> Result<Tensor, ModelError> {
-    let c = x.shape()[2];
-    let scale = g.param(&path.at("layer_scale"), &[c, 1, 1], Init::Constant(LAYER_SCALE))?;
-    let scale = g.reshape(&scale, &[c])?;
-    let y = g.scale_channels(y, &scale)?;
+    let y = layer_scale(g, &path.at("layer_scale"), y, LAYER_SCALE)?;
     Ok(g.add(x, &y)?)
-}
-
-/// A 1x1 convolution `{path}.{weight [out, in, 1, 1], bias}`, which over tokens is a linear map.
-fn pointwise(g: &mut GraphBuilder, path: &Path, x: &Tensor, out: usize) -> Result<Tensor, ModelError> {
-    let c = x.shape()[2];
-    let w = g.param(&path.at("weight"), &[out, c, 1, 1], Init::Normal(STD))?;
-    let w = g.reshape(&w, &[out, c])?;
-    let b = g.param(&path.at("bias"), &[out], Init::Zeros)?;
-    Ok(g.linear_with(x, &w, Some(&b))?)
 }
 
 /// The block over `x [B, N, C]`: the token mixer x + s∘(mixer(x) − norm(x)), then x + s∘convffn(x), with depthwise
@@ -54,10 +43,10 @@ pub(crate) fn text_block(
     let x_bnc = add_scaled(g, &mixer, x_bnc, &change)?;
 
     let ffn = path.at("convffn");
-    let y = g.token_conv(&ffn.at("conv.conv"), &x_bnc, kernel, Init::Normal(STD))?;
+    let y = g.token_conv(&ffn.at("conv.conv"), &x_bnc, kernel, WEIGHT)?;
     let y = batch_norm(g, &ffn.at("conv.bn"), &y)?;
-    let y = pointwise(g, &ffn.at("fc1"), &y, MLP_RATIO * width)?;
+    let y = pointwise(g, &ffn.at("fc1"), &y, MLP_RATIO * width, WEIGHT)?;
     let y = g.activation(&y, Activation::Gelu);
-    let y = pointwise(g, &ffn.at("fc2"), &y, width)?;
+    let y = pointwise(g, &ffn.at("fc2"), &y, width, WEIGHT)?;
     add_scaled(g, path, &x_bnc, &y)
 }

@@ -10,8 +10,7 @@ use crate::backbone::{
     image_side,
 };
 use crate::error::ModelError;
-use crate::mbconv::{check_reduction, conv_bn};
-use crate::mobilevit::strided;
+use crate::layers::{ConvActivation, check_reduction, conv_bn, drop_path_rates, strided};
 use crate::params::{Sizes, decode, encode, positive, rate, schema};
 use crate::registry::BackboneEntry;
 
@@ -27,6 +26,8 @@ pub struct ResNetSizes {
     pub depths: [usize; 4],
     /// Whether a block is 1x1, 3x3, 1x1 with four times as many channels at its end; else it is two 3x3 convolutions.
     pub bottleneck: bool,
+    /// Activation.
+    pub act: ConvActivation,
     /// Rate of stochastic depth of the last block; it rises linearly from 0 at the first.
     #[schemars(range(min = 0.0, max = 0.9))]
     pub drop_path: f64,
@@ -40,8 +41,13 @@ impl Sizes for ResNetSizes {
     }
 }
 
-const R18_SIZES: ResNetSizes =
-    ResNetSizes { channels: [64, 128, 256, 512], depths: [2, 2, 2, 2], bottleneck: false, drop_path: 0.0 };
+const R18_SIZES: ResNetSizes = ResNetSizes {
+    channels: [64, 128, 256, 512],
+    depths: [2, 2, 2, 2],
+    bottleneck: false,
+    act: ConvActivation::Relu,
+    drop_path: 0.0,
+};
 const R50_SIZES: ResNetSizes = ResNetSizes { depths: [3, 4, 6, 3], bottleneck: true, ..R18_SIZES };
 
 /// `resnet18`.
@@ -75,8 +81,9 @@ pub struct ResNet {
 
 impl ResNet {
     fn boxed(name: &'static str, defaults: &ResNetSizes, set: &toml::Table) -> Result<Box<dyn Backbone>, ModelError> {
-        let sizes = decode(name, defaults, set)?;
-        let published = sizes == *defaults;
+        let sizes: ResNetSizes = decode(name, defaults, set)?;
+        // How it is trained changes no shape.
+        let published = ResNetSizes { drop_path: defaults.drop_path, ..sizes.clone() } == *defaults;
         Ok(Box::new(ResNet { name, sizes, published }))
     }
 
@@ -96,7 +103,7 @@ impl ResNet {
         drop_path: f32,
     ) -> Result<Tensor, ModelError> {
         let (c_in, c, out) = (x_bhwc.shape()[3], self.sizes.channels[i], self.out(i));
-        let (relu, identity) = (Activation::Relu, Activation::Identity);
+        let (act, identity) = (Activation::from(self.sizes.act), Activation::Identity);
         let layers = if self.sizes.bottleneck {
             vec![ConvArgs::new(c, 1), ConvArgs::new(c, 3).stride(stride), ConvArgs::new(out, 1)]
         } else {
@@ -104,12 +111,12 @@ impl ResNet {
         };
         let mut y = x_bhwc.clone();
         for (k, conv) in (1..).zip(&layers) {
-            let (act, bn) = (if k < layers.len() { relu } else { identity }, path.at(format!("bn{k}")));
+            let (after, bn) = (if k < layers.len() { act } else { identity }, path.at(format!("bn{k}")));
             if k == layers.len() {
                 // The block starts as the identity (Goyal et al. 2017, §5.1), as timm's does.
                 g.param(&bn.at("weight"), &[out], Init::Zeros)?;
             }
-            y = conv_bn(g, &path.at(format!("conv{k}")), &bn, &y, *conv, act)?;
+            y = conv_bn(g, &path.at(format!("conv{k}")), &bn, &y, *conv, after)?;
         }
         let y = g.drop_path(&y, drop_path)?;
         let shortcut = if stride != 1 || c_in != out {
@@ -119,7 +126,7 @@ impl ResNet {
             x_bhwc.clone()
         };
         let sum = g.add(&y, &shortcut)?;
-        Ok(g.activation(&sum, relu))
+        Ok(g.activation(&sum, act))
     }
 }
 
@@ -184,18 +191,16 @@ impl Backbone for ResNet {
         let side = image_side(self.name, image)?;
         let mut taps = Taps::new(self.name, taps, self.taps(side)?)?;
         let stem = ConvArgs::new(STEM, 7).stride(2);
-        let x_bhwc = conv_bn(g, &path.at("conv1"), &path.at("bn1"), image, stem, Activation::Relu)?;
+        let x_bhwc = conv_bn(g, &path.at("conv1"), &path.at("bn1"), image, stem, self.sizes.act.into())?;
         taps.add("act1", &x_bhwc);
         let mut x_bhwc = g.max_pool(&x_bhwc, 3, 2, 1)?;
-        let blocks: usize = self.sizes.depths.iter().sum();
-        let mut at = 0;
+        let mut rates = drop_path_rates(self.sizes.drop_path, self.sizes.depths.iter().sum());
         for i in 0..4 {
             let stage = format!("layer{}", i + 1);
             for j in 0..self.sizes.depths[i] {
                 let stride = if i > 0 && j == 0 { 2 } else { 1 };
-                let rate = self.sizes.drop_path * at as f64 / (blocks - 1).max(1) as f64;
-                x_bhwc = self.block(g, &path.at(&stage).at(j), &x_bhwc, i, stride, rate as f32)?;
-                at += 1;
+                let drop = rates.next().unwrap_or_default();
+                x_bhwc = self.block(g, &path.at(&stage).at(j), &x_bhwc, i, stride, drop)?;
             }
             taps.add(&stage, &x_bhwc);
         }

@@ -59,15 +59,16 @@ fn backbones_are_timms_and_open_clips() {
     assert!(failures.is_empty(), "\n{}", failures.join("\n"));
 }
 
-/// Of every family there is a fixture, at two sizes.
+/// Of every family there is a fixture with every gradient, at two sizes.
 #[test]
 fn every_family_has_fixtures() {
     let files = Fixture::all(&PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures"));
     let fixtures: Vec<Fixture> = files.iter().map(|f| Fixture::open(f)).collect();
     let images: Vec<&Fixture> = fixtures.iter().filter(|f| f.meta("kind") == "image").collect();
+    let whole = |f: &&&Fixture| f.graded() == "params_of";
     for entry in backbones() {
         let family = |f: &&&Fixture| backbones().iter().any(|b| b.name == f.meta("model") && b.family == entry.family);
-        let sizes: BTreeSet<usize> = images.iter().filter(family).map(|f| f.number("size")).collect();
+        let sizes: BTreeSet<usize> = images.iter().filter(whole).filter(family).map(|f| f.number("size")).collect();
         assert!(sizes.len() >= 2, "{}: {sizes:?}", entry.family);
     }
 }

@@ -32,6 +32,8 @@ fn wrong_parameters_name_their_path() {
         ("mobilevit_xxs", "expansion = 0.0", "expansion"),
         ("mobilevit_xxs", "expansion = nan", "expansion"),
         ("mobilevit_xxs", "patch_size = 9999999999", "patch_size"),
+        ("mobilevit_xxs", "drop_path = 1.0", "drop_path"),
+        ("resnet18", "act = \"tanh\"", "act"),
         ("convnext_atto", "kernel_size = 4", "kernel_size"),
         ("convnext_atto", "drop_path = 1.0", "drop_path"),
         ("convnext_tiny", "depths = [3, 3, 9]", "depths"),
@@ -126,7 +128,9 @@ fn sizes_of_ones_own_change_the_model() {
     assert!(!model.is_published() && backbone("mobilevit_xxs", &table("heads = 4")).unwrap().is_published());
     // What changes no shape leaves the published sizes.
     assert!(backbone("fastvit_mci0", &table("reparam = true\ndrop_path = 0.1")).unwrap().is_published());
+    assert!(backbone("mobilevit_xxs", &table("drop_path = 0.1")).unwrap().is_published());
     assert!(!backbone("convnext_atto", &table("kernel_size = 5")).unwrap().is_published());
+    assert!(!backbone("resnet18", &table("act = \"silu\"")).unwrap().is_published());
     let names: Vec<String> = model.taps(64).unwrap().into_iter().map(|t| t.name).collect();
     assert!(names.contains(&"stages.2.2.transformer.0.attn".to_owned()), "{names:?}");
     let mut g = GraphBuilder::new(true);
@@ -134,6 +138,38 @@ fn sizes_of_ones_own_change_the_model() {
     let out = model.build(&mut g, &Path::default(), &image, None, &names).unwrap();
     assert_eq!(out.embedding.shape(), [1, 64]);
     assert_eq!(out.taps.len(), names.len());
+}
+
+/// Stochastic depth's rates of the residual branches are those of timm's `drop_path_rate`.
+#[test]
+fn stochastic_depth_is_timms() {
+    let last = 0.5;
+    // Of each branch that may be dropped: its rate is last·n/d.
+    let runs = |parts: &[(usize, usize)]| parts.iter().flat_map(|&(n, times)| vec![n; times]).collect::<Vec<_>>();
+    let cases = [
+        ("mobilevit_xxs", runs(&[(2, 1), (3, 1), (5, 4), (7, 8), (9, 6)]), 9),
+        ("mobilevitv2_050", runs(&[(2, 1), (4, 4), (6, 8), (8, 6)]), 8),
+        ("resnet18", (1..=7).collect(), 7),
+        ("efficientnet_b0", vec![2, 4, 6, 7, 9, 10, 12, 13, 14], 16),
+        ("mobilenetv3_small_050", vec![2, 4, 5, 6, 7, 9, 10], 12),
+        ("convnext_atto", (1..=11).collect(), 11),
+        ("fastvit_mci0", (1..=17).chain([18, 18, 19, 19]).collect(), 19),
+    ];
+    for (name, numerators, d) in cases {
+        let model = backbone(name, &table(&format!("drop_path = {last}"))).unwrap();
+        let mut g = GraphBuilder::new(true);
+        let image = g.input("image", &[2, 64, 64, 3]);
+        model.build(&mut g, &Path::default(), &image, None, &[]).unwrap();
+        let graph = g.finish();
+        let ours: Vec<f32> = graph.stochastic().iter().map(|s| 1.0 - s.keep).collect();
+        assert_eq!(ours.len(), numerators.len(), "{name}: {ours:?}");
+        for (rate, n) in ours.iter().zip(&numerators) {
+            assert!((rate - last * *n as f32 / d as f32).abs() < 1e-6, "{name}: {ours:?}");
+        }
+        // MobileViT drops a sequence's branch, of which an image has one for each position inside a patch.
+        let most = if name == "mobilevit_xxs" { 8 } else { 2 };
+        assert_eq!(graph.stochastic().iter().map(|s| s.samples).max(), Some(most), "{name}");
+    }
 }
 
 #[test]

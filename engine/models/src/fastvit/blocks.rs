@@ -3,7 +3,7 @@
 use mcpipe_graph::{Activation, BatchNormArgs, ConvArgs, GraphBuilder, Init, Path, Tensor};
 
 use crate::error::ModelError;
-use crate::layers::{conv2d_with, torch_bias};
+use crate::layers::{conv2d_with, layer_scale, torch_bias};
 use crate::reparam::{Folding, Kernel};
 
 /// Batch norm's epsilon.
@@ -158,14 +158,6 @@ impl LargeKernel {
     }
 }
 
-/// `x ∘ γ` with `{path}.gamma` `[C, 1, 1]`.
-pub(super) fn layer_scale(g: &mut GraphBuilder, path: &Path, x: &Tensor, init: f32) -> Result<Tensor, ModelError> {
-    let c = x.shape()[3];
-    let gamma = g.param(&path.at("gamma"), &[c, 1, 1], Init::Constant(init))?;
-    let gamma = g.reshape(&gamma, &[c])?;
-    Ok(g.scale_channels(x, &gamma)?)
-}
-
 /// RepMixer (§3.2 of FastViT's paper): `x + γ ∘ (mixer(x) − norm(x))`, one depthwise convolution once folded.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct RepMixer {
@@ -200,7 +192,7 @@ impl RepMixer {
         let norm = g.scale(&norm, -1.0);
         let mixed = self.mixer().build(g, &path.at("mixer"), x, false)?;
         let mixed = g.add(&mixed, &norm)?;
-        let mixed = layer_scale(g, &path.at("layer_scale"), &mixed, scale)?;
+        let mixed = layer_scale(g, &path.at("layer_scale.gamma"), &mixed, scale)?;
         Ok(g.add(x, &mixed)?)
     }
 

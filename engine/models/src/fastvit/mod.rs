@@ -6,18 +6,18 @@
 
 mod blocks;
 
-use mcpipe_graph::{Activation, BatchNormArgs, GraphBuilder, ParamStore, Path, Tensor};
+use mcpipe_graph::{Activation, BatchNormArgs, GraphBuilder, Init, ParamStore, Path, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::backbone::{Backbone, ImageOutputs, Interpolation, Naming, Preprocess, TapInfo, TapShape, Taps, image_side};
 use crate::error::ModelError;
-use crate::layers::{drop_path_rates, squeeze_excite};
+use crate::layers::{SqueezeExcite, check_reduction, drop_path_rates, layer_scale, scaled, torch_bias};
 use crate::params::{Sizes, decode, encode, positive, positive_factor, rate, schema};
 use crate::registry::BackboneEntry;
 use crate::reparam::{Folded, Folding};
 
-use blocks::{LargeKernel, MobileOne, PositionalEncoding, RepMixer, WEIGHT, conv_mlp, layer_scale};
+use blocks::{LargeKernel, MobileOne, PositionalEncoding, RepMixer, WEIGHT, conv_mlp};
 
 /// Sizes of a FastViT: a stem that halves the image twice, and four stages of which the last attends.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -66,7 +66,7 @@ impl Sizes for FastVitSizes {
 impl FastVitSizes {
     /// Hidden channels of a block's MLP.
     fn hidden(&self, dim: usize) -> usize {
-        (dim as f64 * self.mlp_ratio) as usize
+        scaled(dim, self.mlp_ratio)
     }
 }
 
@@ -121,6 +121,12 @@ const FIRST_SE_STAGE: usize = 2;
 
 /// How much smaller the last map is than the image.
 const REDUCTION: usize = 32;
+
+/// Squeeze-and-excitation by `fc1` and `fc2`, with PyTorch's default initialisation.
+fn squeeze_excite(reduced: usize) -> SqueezeExcite {
+    let (names, act, gate) = (["fc1", "fc2"], Activation::Relu, Activation::Sigmoid);
+    SqueezeExcite { names, reduced, act, gate, weight: Init::FanInUniform, bias: torch_bias }
+}
 
 /// A FastViT.
 #[derive(Clone, Debug)]
@@ -189,7 +195,7 @@ impl FastVit {
         if i >= FIRST_SE_STAGE {
             // A quarter of the channels, rounded to a multiple of 8, half up.
             let reduced = ((large.out as f64 / 4.0 + 4.0) as usize / 8 * 8).max(8);
-            x = squeeze_excite(g, &proj.at("0.se"), &x, reduced)?;
+            x = squeeze_excite(reduced).build(g, &proj.at("0.se"), &x)?;
         }
         let x = g.activation(&x, Activation::Gelu);
         let x = mix.build(g, &proj.at(1), &x, self.sizes.reparam)?;
@@ -206,7 +212,7 @@ impl FastVit {
         drop: f32,
     ) -> Result<Tensor, ModelError> {
         let y = conv_mlp(g, &path.at("mlp"), x_bhwc, self.sizes.hidden(x_bhwc.shape()[3]))?;
-        let y = layer_scale(g, &path.at(scale), &y, self.sizes.layer_scale as f32)?;
+        let y = layer_scale(g, &path.at(scale).at("gamma"), &y, self.sizes.layer_scale as f32)?;
         let y = g.drop_path(&y, drop)?;
         Ok(g.add(x_bhwc, &y)?)
     }
@@ -233,7 +239,7 @@ impl FastVit {
         let y = g.attention(&qkv, heads, false)?;
         let y = g.linear(&mixer.at("proj"), &y, width, true, WEIGHT)?;
         let y = g.reshape(&y, x_bhwc.shape())?;
-        let y = layer_scale(g, &path.at("layer_scale_1"), &y, self.sizes.layer_scale as f32)?;
+        let y = layer_scale(g, &path.at("layer_scale_1.gamma"), &y, self.sizes.layer_scale as f32)?;
         let y = g.drop_path(&y, drop)?;
         Ok(g.add(x_bhwc, &y)?)
     }
@@ -276,11 +282,7 @@ impl Backbone for FastVit {
     }
 
     fn check_image_size(&self, size: usize) -> Result<(), ModelError> {
-        if size < REDUCTION {
-            let message = format!("it halves the image down to 1/{REDUCTION}, so the side is {REDUCTION} or more");
-            return Err(ModelError::ImageSize { backbone: self.name.to_owned(), size, message });
-        }
-        Ok(())
+        check_reduction(self.name, REDUCTION, size)
     }
 
     fn taps(&self, image_size: usize) -> Result<Vec<TapInfo>, ModelError> {
@@ -320,7 +322,7 @@ impl Backbone for FastVit {
             x_bhwc = g.activation(&x, Activation::Gelu);
         }
         taps.add("stem", &x_bhwc);
-        let mut rates = drop_path_rates(s.drop_path, &s.layers).into_iter();
+        let mut rates = drop_path_rates(s.drop_path, s.layers.iter().sum());
         for i in 0..4 {
             let stage = path.at("stages").at(i);
             if i > 0 {
@@ -330,7 +332,7 @@ impl Backbone for FastVit {
                 x_bhwc = self.position().build(g, &stage.at("pos_emb"), &x_bhwc, folded)?;
             }
             for j in 0..s.layers[i] {
-                let (block, drop) = (stage.at("blocks").at(j), rates.next().unwrap_or(0.0));
+                let (block, drop) = (stage.at("blocks").at(j), rates.next().unwrap_or_default());
                 x_bhwc = if i == ATTENTION_STAGE {
                     let x = self.attend(g, &block, &attention_tap(j), &x_bhwc, drop, &mut taps)?;
                     self.mlp(g, &block, "layer_scale_2", &x, drop)?
@@ -345,7 +347,7 @@ impl Backbone for FastVit {
         let x = self.final_conv().build(g, &last, &x_bhwc, folded)?;
         // A sixteenth of the channels, rounded.
         let reduced = ((self.features() + 8) / 16).max(1);
-        let x = squeeze_excite(g, &last.at("se"), &x, reduced)?;
+        let x = squeeze_excite(reduced).build(g, &last.at("se"), &x)?;
         let x_bhwc = g.activation(&x, Activation::Gelu);
         taps.add("final_conv", &x_bhwc);
         let features = g.global_avg_pool(&x_bhwc)?;
