@@ -129,16 +129,31 @@ fn unpack<S: Simd>(s: S, rows: usize, cols: usize, from: &[f32], to: &mut [f32],
     }
 }
 
-/// The probabilities of one head, [T, T], into `map`; `scratch` is left holding nothing of use.
+/// Keys that queries of batch entry `b` see: all, or those up to the entry's last token.
 #[inline(always)]
-fn probabilities<S: Simd>(s: S, d: &Attention, qkv: &[f32], head: usize, map: &mut [f32], scratch: &mut [f32]) {
+fn visible(d: &Attention, last: &[i32], b: usize) -> usize {
+    last.get(b).map_or(d.tokens, |last| d.tokens.min(last.max(&0).unsigned_abs() as usize + 1))
+}
+
+/// The probabilities of one head, [T, T], over the first `keys` tokens, into `map`; `scratch` is left holding nothing
+/// of use.
+#[inline(always)]
+fn probabilities<S: Simd>(
+    s: S,
+    d: &Attention,
+    qkv: &[f32],
+    head: usize,
+    keys: usize,
+    map: &mut [f32],
+    scratch: &mut [f32],
+) {
     let (t, wide) = (d.tokens, padded::<S>(d.tokens));
-    let (keys, scores) = scratch.split_at_mut(d.head_dim * wide);
-    pack_transposed(s, t, d.head_dim, &qkv[start(d, Part::K, head)..], d.stride(), keys);
+    let (packed, scores) = scratch.split_at_mut(d.head_dim * wide);
+    pack_transposed(s, t, d.head_dim, &qkv[start(d, Part::K, head)..], d.stride(), packed);
     let q = Left { data: &qkv[start(d, Part::Q, head)..], row: d.stride(), col: 1 };
-    small_gemm(s, t, t, d.head_dim, d.scale(), q, keys, wide, scores, wide);
+    small_gemm(s, t, t, d.head_dim, d.scale(), q, packed, wide, scores, wide);
     for i in 0..t {
-        let seen = if d.causal { i + 1 } else { t };
+        let seen = if d.causal { keys.min(i + 1) } else { keys };
         let row = &mut map[i * t..(i + 1) * t];
         softmax_row(s, 1.0, &scores[i * wide..][..seen], &mut row[..seen]);
         row[seen..].fill(0.0);
@@ -146,13 +161,21 @@ fn probabilities<S: Simd>(s: S, d: &Attention, qkv: &[f32], head: usize, map: &m
 }
 
 #[inline(always)]
-fn forward_impl<S: Simd>(s: S, d: &Attention, qkv: &[f32], out: &mut [f32], map: &mut [f32], scratch: &mut [f32]) {
+fn forward_impl<S: Simd>(
+    s: S,
+    d: &Attention,
+    qkv: &[f32],
+    last: &[i32],
+    out: &mut [f32],
+    map: &mut [f32],
+    scratch: &mut [f32],
+) {
     let (t, width) = (d.tokens, d.heads * d.head_dim);
     let wide = padded::<S>(d.head_dim);
     for (b, (qkv, out)) in qkv.chunks_exact(t * d.stride()).zip(out.chunks_exact_mut(t * width)).enumerate() {
         for head in 0..d.heads {
             let map = &mut map[(b * d.heads + head) * t * t..][..t * t];
-            probabilities(s, d, qkv, head, map, scratch);
+            probabilities(s, d, qkv, head, visible(d, last, b), map, scratch);
             let (values, result) = scratch.split_at_mut(t * wide);
             pack(s, t, d.head_dim, &qkv[start(d, Part::V, head)..], d.stride(), values);
             small_gemm(s, t, d.head_dim, t, 1.0, Left { data: map, row: t, col: 1 }, values, wide, result, wide);
@@ -252,7 +275,7 @@ fn map_forward_impl<S: Simd>(s: S, d: &Attention, qkv: &[f32], map: &mut [f32], 
     for (b, qkv) in qkv.chunks_exact(t * d.stride()).enumerate() {
         for head in 0..d.heads {
             let map = &mut map[(b * d.heads + head) * t * t..][..t * t];
-            probabilities(s, d, qkv, head, map, scratch);
+            probabilities(s, d, qkv, head, d.tokens, map, scratch);
         }
     }
 }
@@ -288,7 +311,9 @@ fn map_backward_impl<S: Simd>(
 }
 
 simd_fn! {
-    fn forward_group(d: &Attention, qkv: &[f32], out: &mut [f32], map: &mut [f32], scratch: &mut [f32]) = forward_impl;
+    fn forward_group(
+        d: &Attention, qkv: &[f32], last: &[i32], out: &mut [f32], map: &mut [f32], scratch: &mut [f32],
+    ) = forward_impl;
     fn backward_group(
         d: &Attention, qkv: &[f32], map: &[f32], dout: &[f32], dqkv: &mut [f32], accumulate: bool, scratch: &mut [f32],
     ) = backward_impl;
@@ -310,6 +335,24 @@ fn groups<'w>(d: &Attention, ws: &'w mut Workspace) -> (Level, &'w mut [f32], [u
 /// out = softmax(Q·Kᵀ/√D)·V for each head; `probs` keeps the probabilities for the backward pass (0 where
 /// the causal mask hides a token).
 pub fn attention_forward(d: &Attention, qkv: &[f32], out: &mut [f32], probs: &mut [f32], ws: &mut Workspace) {
+    forward(d, qkv, &[], out, probs, ws);
+}
+
+/// As [`attention_forward`], where in batch entry b only tokens 0..=last\[b\] are keys (padding stands behind them). The
+/// hidden probabilities are 0, so that [`attention_backward`] is its VJP, too.
+pub fn masked_attention_forward(
+    d: &Attention,
+    qkv: &[f32],
+    last: &[i32],
+    out: &mut [f32],
+    probs: &mut [f32],
+    ws: &mut Workspace,
+) {
+    assert_eq!(last.len(), d.batch, "one last token per batch entry");
+    forward(d, qkv, last, out, probs, ws);
+}
+
+fn forward(d: &Attention, qkv: &[f32], last: &[i32], out: &mut [f32], probs: &mut [f32], ws: &mut Workspace) {
     assert_eq!(qkv.len(), d.qkv_len(), "qkv is [B, T, 3, H, D]");
     assert_eq!(out.len(), d.out_len(), "out is [B, T, H*D]");
     assert_eq!(probs.len(), d.map_len(), "probs is [B, H, T, T]");
@@ -321,7 +364,11 @@ pub fn attention_forward(d: &Attention, qkv: &[f32], out: &mut [f32], probs: &mu
         .zip(probs.par_chunks_mut(n_map))
         .zip(qkv.par_chunks(n_qkv))
         .zip(scratch.par_chunks_mut(d.scratch()))
-        .for_each(|(((out, probs), qkv), scratch)| forward_group(level, d, qkv, out, probs, scratch));
+        .enumerate()
+        .for_each(|(group, (((out, probs), qkv), scratch))| {
+            let last = last.get(group * d.group()..).unwrap_or_default();
+            forward_group(level, d, qkv, last, out, probs, scratch);
+        });
 }
 
 /// VJP of [`attention_forward`] with respect to qkv.

@@ -2,6 +2,7 @@
 
 pub mod activation;
 pub mod attention;
+pub mod attention_pool;
 pub mod bridge;
 mod columns;
 pub mod conv;
@@ -20,11 +21,13 @@ mod reduce;
 pub mod reference;
 pub mod resize;
 pub mod separable;
+pub mod sigmoid_loss;
 pub mod simd;
 mod small_gemm;
 pub mod softmax;
 #[cfg(test)]
 mod testing;
+pub mod token_conv;
 mod vmath;
 pub mod workspace;
 

@@ -26,6 +26,7 @@ mod shards;
 mod tar_scan;
 mod tokenize;
 mod transform;
+mod wordpiece;
 
 pub use check::{CheckOptions, Problem, Report, Severity, check};
 pub use decode::{DEFAULT_MAX_PIXELS, ImageFormat, RgbImage, decode};
@@ -45,3 +46,4 @@ pub use shards::{MAX_EXPANSION, NSHARDS, expand_braces, index, list_shards, spli
 pub use tar_scan::{RawMember, TarScan, scan_tar};
 pub use tokenize::{END_OF_TEXT, START_OF_TEXT, Tokenizer, Tokens, VOCABULARY, check_context_length, tokenizer};
 pub use transform::{Augment, EvalTransform, Normalize, RandomCrop, Resize, View};
+pub use wordpiece::{CaptionTokenizer, WordPiece};

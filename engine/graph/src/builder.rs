@@ -7,6 +7,7 @@ mod elementwise;
 mod layout;
 mod losses;
 mod norm;
+mod text;
 
 use std::collections::HashMap;
 use std::fmt;

@@ -2,6 +2,7 @@
 
 use mcpipe_cpu::activation::Activation;
 use mcpipe_cpu::attention::Attention;
+use mcpipe_cpu::attention_pool::AttentionPool;
 use mcpipe_cpu::conv::Conv2d;
 use mcpipe_cpu::gemm::Gemm;
 use mcpipe_cpu::layout::Patches;
@@ -11,6 +12,8 @@ use mcpipe_cpu::norm::{GroupNorm, Norm};
 use mcpipe_cpu::pooling::Pool2d;
 use mcpipe_cpu::resize::Resize;
 use mcpipe_cpu::separable::SeparableAttention;
+use mcpipe_cpu::sigmoid_loss::SigmoidLoss;
+use mcpipe_cpu::token_conv::TokenConv;
 
 use crate::fuse::FusedConv;
 
@@ -78,6 +81,12 @@ pub enum Op {
     Activation(Activation),
     /// Softmax attention over a packed `qkv [B,N,3,heads,d]` → `[B,N,heads·d]`; saves the probabilities.
     Attention(Attention),
+    /// `qkv, last [B] (i32)`: as [`Op::Attention`], where sequence b's keys are its tokens 0..=`last[b]`.
+    MaskedAttention(Attention),
+    /// `q [heads·d], kv [B,N,2,heads,d]` → `[B,heads·d]`: attention of one query; saves the probabilities.
+    AttentionPool(AttentionPool),
+    /// `x [B,N,C], w [C,1,1,K]` → `[B,N,C]`: depthwise convolution over tokens.
+    TokenConv(TokenConv),
     /// The softmax probabilities `[B,heads,N,N]` of the same packed `qkv`, as a value (attention-level distillation).
     AttentionMap(Attention),
     /// MobileViTv2's attention over a packed `qkv [B,N,1+2d]` → `[B,N,d]`; saves the weights and the context.
@@ -197,6 +206,8 @@ pub enum Op {
     },
     /// `a [B,D], b [B',D], scale [1], p_row [B,B'], p_col [B',B]` → scalar contrastive cross-entropy or KL.
     Contrastive(Contrastive),
+    /// `a [B,D], b [B',D], scale [1], bias [1], t [B,B']` → scalar: SigLIP's pairwise cross-entropy.
+    SigmoidLoss(SigmoidLoss),
     /// Mean squared error of `a, b` → scalar.
     Mse,
     /// Mean over rows of `1 − cos(a_i, b_i)` → scalar.
@@ -250,6 +261,10 @@ impl Op {
             Op::GroupNorm(_) => "group_norm",
             Op::Activation(_) => "activation",
             Op::Attention(_) => "attention",
+            Op::MaskedAttention(_) => "masked_attention",
+            Op::AttentionPool(_) => "attention_pool",
+            Op::TokenConv(_) => "token_conv",
+            Op::SigmoidLoss(_) => "sigmoid_loss",
             Op::AttentionMap(_) => "attention_map",
             Op::SeparableAttention(_) => "separable_attention",
             Op::Add => "add",
@@ -285,14 +300,18 @@ impl Op {
     pub fn needs(&self) -> Needs {
         let (inputs, output) = match self {
             Op::Conv2d(_) | Op::Linear(_) | Op::Embedding { .. } | Op::ScaleChannels { .. } => (0b11, false),
+            Op::AttentionPool(_) | Op::TokenConv(_) => (0b11, false),
+            Op::SigmoidLoss(_) => (ALL, false),
             Op::BatchNorm { .. } | Op::LayerNorm(_) | Op::GroupNorm(_) => (0b111, false),
             Op::BatchNormEval { .. } => (0b11111, false),
             Op::MatMul { .. } | Op::Mul | Op::Mse | Op::Cosine { .. } | Op::KlRows { .. } | Op::Contrastive(_) => {
                 (ALL, false)
             }
-            Op::Activation(_) | Op::Attention(_) | Op::SeparableAttention(_) | Op::AttentionTransferMap { .. } => {
-                (0b1, false)
-            }
+            Op::Activation(_)
+            | Op::Attention(_)
+            | Op::MaskedAttention(_)
+            | Op::SeparableAttention(_)
+            | Op::AttentionTransferMap { .. } => (0b1, false),
             Op::GatherRows { .. } | Op::ScaleSamples { .. } => (0b10, false),
             Op::AttentionMap(_) => (0b1, true),
             Op::L2Normalize { .. } | Op::Softmax { .. } | Op::Exp => (0, true),
@@ -319,7 +338,8 @@ impl Op {
         match self {
             Op::BatchNorm { dims, .. } => vec![dims.c, dims.c],
             Op::LayerNorm(dims) => vec![dims.rows, dims.rows],
-            Op::Attention(d) => vec![d.batch * d.heads * d.tokens * d.tokens],
+            Op::Attention(d) | Op::MaskedAttention(d) => vec![d.batch * d.heads * d.tokens * d.tokens],
+            Op::AttentionPool(d) => vec![d.batch * d.heads * d.tokens],
             Op::GroupNorm(d) => vec![d.batch, d.batch],
             Op::SeparableAttention(d) => vec![d.batch * d.tokens, d.batch * d.dim],
             Op::MaxPool(d) => vec![d.batch * d.out_h() * d.out_w() * d.c],
@@ -335,6 +355,8 @@ impl Op {
             Op::Embedding { .. } => i == 0,
             Op::GatherRows { .. } | Op::ScaleSamples { .. } => i == 0,
             Op::Contrastive(_) => i < 3,
+            Op::SigmoidLoss(_) => i < 4,
+            Op::MaskedAttention(_) => i == 0,
             Op::KlRows { .. } => i == 1,
             Op::FusedConv(_) => false,
             _ => true,
@@ -351,7 +373,12 @@ impl Op {
             Op::MatMul { dims: d, .. } => 2 * (d.m * d.n * d.k) as u64,
             Op::BatchNorm { .. } | Op::LayerNorm(_) | Op::GroupNorm(_) => 8 * n,
             Op::BatchNormEval { .. } => 3 * n,
-            Op::Attention(d) => 4 * (d.batch * d.heads * d.tokens * d.tokens * d.head_dim) as u64,
+            Op::AttentionPool(d) => 4 * (d.batch * d.tokens * d.heads * d.head_dim) as u64,
+            Op::TokenConv(d) => 2 * n * d.kernel as u64,
+            Op::SigmoidLoss(d) => 2 * (d.rows * d.cols * d.dim) as u64,
+            Op::Attention(d) | Op::MaskedAttention(d) => {
+                4 * (d.batch * d.heads * d.tokens * d.tokens * d.head_dim) as u64
+            }
             Op::AttentionMap(d) => 2 * (d.batch * d.heads * d.tokens * d.tokens * d.head_dim) as u64,
             Op::Contrastive(d) => 2 * (d.rows * d.cols * d.dim) as u64,
             Op::GlobalAvgPool { hw, .. } => n * *hw as u64,

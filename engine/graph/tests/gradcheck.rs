@@ -7,6 +7,7 @@
 use std::sync::Arc;
 
 use mcpipe_cpu::loss::Contrastive;
+use mcpipe_cpu::sigmoid_loss::SigmoidLoss;
 use mcpipe_graph::{
     Activation, BatchNormArgs, ConvArgs, Cpu, Executor, Feed, Grads, GraphBuilder, GraphError, Init, Kernels, Mode,
     ParamKind, ParamStore, Path, StepGraph, Tensor,
@@ -60,6 +61,18 @@ const CASES: &[Case] = &[
     case("quick_gelu", &[&[4, 7]], |g, x| Ok(g.activation(&x[0], Activation::QuickGelu))),
     case("attention", &[&[2, 5, 12]], |g, x| g.attention(&x[0], 2, false)),
     case("attention_causal", &[&[2, 5, 12]], |g, x| g.attention(&x[0], 2, true)),
+    case("masked_attention", &[&[2, 5, 12]], |g, x| {
+        let last = g.int_input("rows", &[2]);
+        g.masked_attention(&x[0], &last, 2, false)
+    }),
+    case("attention_pool", &[&[6], &[2, 5, 12]], |g, x| g.attention_pool(&x[0], &x[1], 2)),
+    case("token_conv", &[&[2, 5, 3]], |g, x| g.token_conv(&p("c"), &x[0], 3, Init::FanInUniform)),
+    case("sigmoid_loss", &[&[3, 6], &[3, 6], &[1], &[1]], |g, x| {
+        let (a, b) = (g.l2_normalize(&x[0]), g.l2_normalize(&x[1]));
+        let rows = g.input("targets", &[3, 3]);
+        let targets = g.softmax(&rows, 1.0);
+        g.sigmoid_loss(SigmoidLoss { rows: 3, cols: 3, dim: 6 }, &a, &b, [&x[2], &x[3]], &targets)
+    }),
     case("attention_map", &[&[2, 4, 12]], |g, x| g.attention_map(&x[0], 2, false)),
     case("separable_attention", &[&[2, 5, 7]], |g, x| g.separable_attention(&x[0])),
     case("separable_attention_of_few_tokens", &[&[3, 2, 11]], |g, x| g.separable_attention(&x[0])),

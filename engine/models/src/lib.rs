@@ -10,6 +10,8 @@
 //! A new image backbone is one file that implements [`Backbone`] and has an entry, and one line in `registry.rs`.
 
 mod backbone;
+mod bert;
+mod convmixer;
 mod convnext;
 mod efficientnet;
 mod error;
@@ -24,7 +26,9 @@ mod params;
 pub mod projection;
 mod registry;
 pub mod reparam;
+pub mod repmixer;
 mod resnet;
+mod siglip;
 mod text;
 mod transformer;
 mod vit;
@@ -34,6 +38,8 @@ pub use backbone::{
     Backbone, CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, ImageOutputs, Interpolation, Naming, Preprocess, Tap,
     TapInfo, TapShape,
 };
+pub use bert::{Bert, BertPool, BertSizes};
+pub use convmixer::{ConvMixer, ConvMixerSizes};
 pub use convnext::{ConvNext, ConvNextSizes};
 pub use efficientnet::{EfficientNet, EfficientNetActivation, EfficientNetSizes};
 pub use error::ModelError;
@@ -43,7 +49,8 @@ pub use mobilevit::{MobileVit, MobileVitSizes};
 pub use mobilevitv2::{MobileVitV2, MobileVitV2Sizes};
 pub use registry::{BackboneEntry, TextEncoderEntry, backbone, backbones, text_encoder, text_encoders};
 pub use resnet::{ResNet, ResNetSizes};
-pub use text::{TextEncoder, TextOutputs, TextSizes, TextTransformer, eot_positions};
+pub use siglip::{Siglip, SiglipSizes};
+pub use text::{LastToken, TextEncoder, TextOutputs, TextPool, TextSizes, TextTransformer, Vocabulary, eot_positions};
 pub use transformer::MlpActivation;
 pub use vit::{Vit, VitSizes};
 pub use weights::{Checkpoint, WeightsError};

@@ -5,7 +5,9 @@ use schemars::{Schema, SchemaGenerator};
 use crate::backbone::Backbone;
 use crate::error::{ModelError, nearest};
 use crate::text::TextEncoder;
-use crate::{convnext, efficientnet, fastvit, mobilenetv3, mobilevit, mobilevitv2, resnet, text, vit};
+use crate::{
+    bert, convmixer, convnext, efficientnet, fastvit, mobilenetv3, mobilevit, mobilevitv2, resnet, siglip, text, vit,
+};
 
 /// A registered image backbone.
 #[derive(Clone, Copy, Debug)]
@@ -53,6 +55,7 @@ static BACKBONES: &[BackboneEntry] = &[
     efficientnet::LITE0,
     resnet::R18,
     resnet::R50,
+    convmixer::KS9_P14,
     convnext::ATTO,
     convnext::FEMTO,
     convnext::PICO,
@@ -65,9 +68,12 @@ static BACKBONES: &[BackboneEntry] = &[
     vit::TINY,
     vit::SMALL,
     vit::BASE,
+    vit::BASE_32,
+    siglip::BASE,
+    siglip::BASE_32,
 ];
 
-static TEXT_ENCODERS: &[TextEncoderEntry] = &[text::TRANSFORMER];
+static TEXT_ENCODERS: &[TextEncoderEntry] = &[text::TRANSFORMER, text::MOBILECLIP, text::SIGLIP, bert::BERT];
 
 /// The registered backbones.
 pub fn backbones() -> &'static [BackboneEntry] {

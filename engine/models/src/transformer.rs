@@ -20,6 +20,8 @@ pub enum MlpActivation {
     Gelu,
     /// x·σ(1.702·x), as in OpenAI's published weights.
     QuickGelu,
+    /// GELU by its tanh formula, as in SigLIP 2.
+    GeluTanh,
 }
 
 impl From<MlpActivation> for Activation {
@@ -27,6 +29,7 @@ impl From<MlpActivation> for Activation {
         match act {
             MlpActivation::Gelu => Activation::Gelu,
             MlpActivation::QuickGelu => Activation::QuickGelu,
+            MlpActivation::GeluTanh => Activation::GeluTanh,
         }
     }
 }
@@ -50,6 +53,10 @@ pub(crate) struct Transformer {
     pub(crate) act: MlpActivation,
     /// Whether a token sees only itself and those before it.
     pub(crate) causal: bool,
+    /// Number of the first block in names.
+    pub(crate) first: usize,
+    /// LayerNorm's epsilon.
+    pub(crate) eps: f32,
     pub(crate) init: BlockInit,
 }
 
@@ -64,7 +71,7 @@ impl Transformer {
         taps: &mut Taps<'_>,
     ) -> Result<Tensor, ModelError> {
         let mut x = x.clone();
-        for i in 0..self.depth {
+        for i in self.first..self.first + self.depth {
             let name = format!("transformer.resblocks.{i}");
             x = self.block(g, &path.at("resblocks").at(i), &name, &x, taps)?;
             taps.add(&name, &x);
@@ -81,7 +88,7 @@ impl Transformer {
         taps: &mut Taps<'_>,
     ) -> Result<Tensor, ModelError> {
         let width = x.shape()[2];
-        let y = g.layer_norm(&path.at("ln_1"), x, LN_EPS)?;
+        let y = g.layer_norm(&path.at("ln_1"), x, self.eps)?;
         let w = g.param(&path.at("attn.in_proj_weight"), &[3 * width, width], self.init.in_proj)?;
         let b = g.param(&path.at("attn.in_proj_bias"), &[3 * width], Init::Zeros)?;
         let qkv = g.linear_with(&y, &w, Some(&b))?;
@@ -93,7 +100,7 @@ impl Transformer {
         let y = g.attention(&qkv, self.heads, self.causal)?;
         let y = g.linear(&path.at("attn.out_proj"), &y, width, true, self.init.out_proj)?;
         let x = g.add(x, &y)?;
-        let y = g.layer_norm(&path.at("ln_2"), &x, LN_EPS)?;
+        let y = g.layer_norm(&path.at("ln_2"), &x, self.eps)?;
         let y = torch_linear(g, &path.at("mlp.c_fc"), &y, self.hidden, self.init.c_fc)?;
         let y = g.activation(&y, self.act.into());
         let y = torch_linear(g, &path.at("mlp.c_proj"), &y, width, self.init.c_proj)?;
@@ -102,7 +109,13 @@ impl Transformer {
 }
 
 /// A linear layer whose bias starts as PyTorch's default does, uniform in ±1/√fan_in.
-fn torch_linear(g: &mut GraphBuilder, path: &Path, x: &Tensor, out: usize, init: Init) -> Result<Tensor, ModelError> {
+pub(crate) fn torch_linear(
+    g: &mut GraphBuilder,
+    path: &Path,
+    x: &Tensor,
+    out: usize,
+    init: Init,
+) -> Result<Tensor, ModelError> {
     let fan_in = x.shape().last().copied().unwrap_or(1).max(1);
     g.param(&path.at("bias"), &[out], Init::Uniform(1.0 / (fan_in as f32).sqrt()))?;
     Ok(g.linear(path, x, out, true, init)?)

@@ -63,6 +63,8 @@ const BASE_SIZES: VitSizes =
 
 const SMALL_SIZES: VitSizes = VitSizes { width: 384, heads: 6, ..BASE_SIZES };
 
+const BASE_32_SIZES: VitSizes = VitSizes { patch_size: 32, ..BASE_SIZES };
+
 const TINY_SIZES: VitSizes = VitSizes { width: 192, heads: 3, ..BASE_SIZES };
 
 /// `vit`.
@@ -101,6 +103,15 @@ pub const BASE: BackboneEntry = BackboneEntry {
     make: |set| Vit::boxed("vit_base", &BASE_SIZES, set),
 };
 
+/// `vit_base_32`.
+pub const BASE_32: BackboneEntry = BackboneEntry {
+    name: "vit_base_32",
+    family: "vit",
+    summary: "ViT-B/32 in CLIP's form: patches of 32 pixels, width 768, 88 M parameters (open_clip's names)",
+    params: |generator| schema(generator, &BASE_32_SIZES),
+    make: |set| Vit::boxed("vit_base_32", &BASE_32_SIZES, set),
+};
+
 /// A vision transformer.
 #[derive(Clone, Debug)]
 pub struct Vit {
@@ -124,6 +135,8 @@ impl Vit {
             hidden: (s.width as f64 * s.mlp_ratio) as usize,
             act: s.act,
             causal: false,
+            first: 0,
+            eps: LN_EPS,
             init: BlockInit {
                 in_proj: Init::XavierUniform,
                 out_proj: Init::FanInUniform,

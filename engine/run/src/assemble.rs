@@ -73,7 +73,7 @@ pub fn read_weights(
     }
     if let Some(tower) = text {
         declare(&mut store, &text_graph(tower)?);
-        names = names.and_text(&file, TEXT);
+        names = names.and_text_of(&file, TEXT, tower.roots());
     }
     if resize_position {
         file.load_resized(&mut store, &names)?;

@@ -12,7 +12,7 @@ use mcpipe_models::projection::{Projection, ProjectionKind};
 use mcpipe_models::weights::{NameMap, head_of};
 use mcpipe_models::{Backbone, Checkpoint, backbone};
 use mcpipe_spec::TeacherKind;
-use mcpipe_train::{BackboneTower, CaptionEncoder, Encoder, Head, LOGIT_SCALE, TextTower, clip_tokenizer};
+use mcpipe_train::{BackboneTower, CaptionEncoder, Encoder, EncoderTower, Head, LOGIT_SCALE};
 
 use crate::assemble::{View, WEIGHTS, declared, image_graph, read_own, read_weights, text_graph};
 use crate::components::components;
@@ -206,8 +206,6 @@ fn text_of_run(
             let own = dir.join("checkpoints").join(teacher.name.replace(' ', "-")).join(WEIGHTS);
             read_own(&own, &[text_graph(tower)?])?.store
         }
-        // What was exported stays with the run; a file from outside may have moved. An export has the shared map in it.
-        _ if shared.is_none() && exported.is_file() => read_weights(&exported, None, Some(tower), false)?.store,
         _ => {
             let (file, resize) = match (&models.student.text, teacher) {
                 (StudentText::File(_, file), _) => (file.as_path(), false),
@@ -217,28 +215,33 @@ fn text_of_run(
                 },
                 (_, None) => return Err(RunError::Plan("the student's text tower has no weights".into())),
             };
-            if !file.is_file() {
-                return Err(RunError::Usage(format!(
-                    "the text tower's weights, {}, are not there; they are looked for from the folder that the run \
-                     was started in",
-                    file.display()
-                )));
+            match file.is_file() {
+                true => read_weights(file, None, Some(tower), resize)?.store,
+                // A file from outside may have moved; what was exported stays with the run, with a shared map in it.
+                false if shared.is_none() && exported.is_file() => {
+                    read_weights(&exported, None, Some(tower), false)?.store
+                }
+                false => {
+                    return Err(RunError::Usage(format!(
+                        "the text tower's weights, {}, are not there; they are looked for from the folder that the run \
+                         was started in",
+                        file.display()
+                    )));
+                }
             }
-            read_weights(file, None, Some(tower), resize)?.store
         }
     };
     text_side(tower, store, shared, student)
 }
 
 fn text_side(
-    tower: &dyn TextTower,
+    tower: &EncoderTower,
     store: ParamStore,
     shared: Option<Arc<dyn Head>>,
     image: &ParamStore,
 ) -> Result<TextSide, RunError> {
-    let tokenize = clip_tokenizer(tower.context_length());
-    let encoder = CaptionEncoder::new(tower, tokenize, Arc::new(store), Kernels::Native)?;
-    let head = shared.map(|head| Encoder::embeddings(head.as_ref(), tower.dim(), HEAD_BATCH, image, Kernels::Native));
+    let encoder = CaptionEncoder::new(tower, tower.tokenize(), Arc::new(store), Kernels::Native)?;
+    let head = shared.map(|head| Encoder::embeddings(head.as_ref(), tower.dim, HEAD_BATCH, image, Kernels::Native));
     Ok(TextSide { encoder, head: head.transpose()? })
 }
 

@@ -31,9 +31,10 @@ pub fn write(path: &Path, shape: &[usize], values: &[f32]) -> Result<(), RunErro
 }
 
 fn header(shape: &[usize]) -> Vec<u8> {
-    // A tuple of one has a comma behind it; NumPy takes one behind the last of any.
-    let sizes: String = shape.iter().map(|size| format!("{size}, ")).collect();
-    let mut dict = format!("{{'descr': '<f4', 'fortran_order': False, 'shape': ({}), }}", sizes.trim_end());
+    let sizes = shape.iter().map(usize::to_string).collect::<Vec<_>>().join(", ");
+    // Python's tuple of one has a comma.
+    let comma = if shape.len() == 1 { "," } else { "" };
+    let mut dict = format!("{{'descr': '<f4', 'fortran_order': False, 'shape': ({sizes}{comma}), }}");
     let before = MAGIC.len() + 4;
     let padded = (before + dict.len() + 1).next_multiple_of(ALIGN);
     dict.extend(std::iter::repeat_n(' ', padded - before - dict.len() - 1));
@@ -122,7 +123,7 @@ mod tests {
     fn what_is_written_is_as_numpy_writes_it() {
         // numpy.save of numpy.zeros((2, 3), 'f4'), up to the values.
         let mut expected =
-            b"\x93NUMPY\x01\x00\x76\x00{'descr': '<f4', 'fortran_order': False, 'shape': (2, 3,), }".to_vec();
+            b"\x93NUMPY\x01\x00\x76\x00{'descr': '<f4', 'fortran_order': False, 'shape': (2, 3), }".to_vec();
         expected.resize(127, b' ');
         expected.push(b'\n');
         assert_eq!(header(&[2, 3]), expected);

@@ -4,11 +4,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use mcpipe_graph::{ParamStore, StepGraph};
-use mcpipe_spec::{Teacher as TeacherSpec, TeacherKind};
+use mcpipe_spec::{LossKind, Teacher as TeacherSpec, TeacherKind};
 use mcpipe_train::distill::Problem;
 use mcpipe_train::{
-    AverageSetup, BackboneTower, CaptionEncoder, EncoderTower, FrozenImage, LrConfig, ModelText, Objective, Teacher,
-    TeacherModel, TrainSetup, TrainedModel, clip_tokenizer, optimizer,
+    AverageSetup, BackboneTower, CaptionEncoder, Contrast, EncoderTower, FrozenImage, LrConfig, ModelText, Objective,
+    Teacher, TeacherModel, TrainSetup, TrainedModel, optimizer,
 };
 
 use crate::assemble::{View, Views, WEIGHTS, declared, image_graph, read_own, read_weights, text_graph};
@@ -24,6 +24,9 @@ use crate::stages::{load_teacher, train_teacher};
 const TEACHER_SCALE: f64 = 1.0 / 0.07;
 /// Scale of a teacher's targets where neither the pipeline nor its weights say one: CLIP's greatest.
 const TARGET_SCALE: f64 = 100.0;
+
+/// Bias of SigLIP's logits at the start (Zhai et al. 2023, §3.2).
+const SIGLIP_BIAS: f64 = -10.0;
 
 /// Where the weights of frozen models come from.
 #[derive(Clone, Copy)]
@@ -116,8 +119,7 @@ impl Texts {
         if let Some(at) = self.owners.iter().position(|held| *held == owner) {
             return Ok(at);
         }
-        let tokenize = clip_tokenizer(tower.encoder.context_length());
-        self.encoders.push(CaptionEncoder::new(tower, tokenize, Arc::new(store()?), settings.kernels)?);
+        self.encoders.push(CaptionEncoder::new(tower, tower.tokenize(), Arc::new(store()?), settings.kernels)?);
         self.owners.push(owner);
         Ok(self.owners.len() - 1)
     }
@@ -191,7 +193,11 @@ pub fn student(
     let mut texts = Texts::default();
     let encoder = student_text_at(resolved, &mut texts, frozen, settings)?;
     let mut teachers = Vec::new();
-    let mut objective = Objective::default();
+    let contrast = match spec.loss.kind {
+        LossKind::Clip => Contrast::Clip,
+        LossKind::Siglip => Contrast::Sigmoid { bias: spec.loss.logit_bias.unwrap_or(SIGLIP_BIAS) },
+    };
+    let mut objective = Objective { contrast, ..Objective::default() };
     if distilled {
         let used = teachers_used(resolved);
         for &at in &used {
@@ -297,10 +303,7 @@ pub fn trained_teacher(
     let own_view = view(&mut views, image);
     let mut texts = Texts::default();
     let text = match &model.text {
-        Some(TextSide::Own(tower)) => ModelText::Trained {
-            tower: Arc::new(tower.clone()),
-            tokenize: clip_tokenizer(tower.encoder.context_length()),
-        },
+        Some(TextSide::Own(tower)) => ModelText::Trained { tower: Arc::new(tower.clone()), tokenize: tower.tokenize() },
         Some(TextSide::Of(other)) => {
             ModelText::Frozen { encoder: texts.of_teacher(resolved, *other, frozen, settings)?, projection: None }
         }

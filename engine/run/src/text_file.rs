@@ -2,6 +2,7 @@
 
 use std::path::Path as FilePath;
 
+use mcpipe_data::CaptionTokenizer;
 use mcpipe_graph::Path;
 use mcpipe_models::{Checkpoint, text_encoder};
 use mcpipe_train::EncoderTower;
@@ -77,7 +78,7 @@ pub fn tower(file: &Checkpoint, params: &str) -> Result<EncoderTower, RunError> 
             mcpipe_data::VOCABULARY
         )));
     }
-    Ok(EncoderTower { encoder: encoder.into(), path: Path::new(TEXT), dim })
+    Ok(EncoderTower { encoder: encoder.into(), path: Path::new(TEXT), dim, tokenizer: CaptionTokenizer::Clip })
 }
 
 fn integer(size: usize) -> toml::Value {

@@ -4,7 +4,7 @@ use crate::code::Code;
 use crate::diagnostic::Diagnostic;
 use crate::document::Map;
 use crate::types::{
-    Crop, Distill, ProjectionKind, Ramp, Spec, Teacher, TeacherText, TextEncoder, Training, WeightSchedule,
+    Crop, Distill, LossKind, ProjectionKind, Ramp, Spec, Teacher, TeacherText, TextEncoder, Training, WeightSchedule,
 };
 
 /// Checks a decoded pipeline.
@@ -250,6 +250,11 @@ impl Checks<'_> {
 
     fn distill(&mut self) {
         let spec = self.spec;
+        if spec.loss.kind == LossKind::Clip && spec.loss.logit_bias.is_some() {
+            self.add(Code::Unused, "loss.logit_bias", "CLIP's loss has no bias", |d| {
+                d.with_label("not used").with_help("remove it, or set `kind = \"siglip\"`")
+            });
+        }
         let lambda = spec.loss.lambda;
         if spec.distill.is_empty() && lambda > 0.0 {
             self.add(Code::Conflict, "loss.lambda", "`lambda` weighs distillation, but there is none", |d| {

@@ -43,6 +43,8 @@ pub struct SoftTargets {
     pub image_to_text: Vec<f32>,
     /// `[B, B]`: row j is caption j's distribution over images.
     pub text_to_image: Vec<f32>,
+    /// `[B, B]`: how much caption j is image i's, 0 to 1. Unlike in the distributions, equal captions share nothing.
+    pub pairs: Vec<f32>,
 }
 
 impl SoftTargets {
@@ -55,11 +57,12 @@ impl SoftTargets {
         for (i, caption) in captions.iter().enumerate() {
             groups.entry(caption.as_str()).or_default().push(i);
         }
-        let mut image_to_text = vec![0.0f32; b * b];
+        let (mut image_to_text, mut pairs) = (vec![0.0f32; b * b], vec![0.0f32; b * b]);
         let mut give = |row: usize, caption: usize, mass: f32| {
             if let Some(group) = groups.get(captions[caption].as_str()) {
                 for &j in group {
                     image_to_text[row * b + j] += mass / group.len() as f32;
+                    pairs[row * b + j] += mass;
                 }
             }
         };
@@ -84,7 +87,7 @@ impl SoftTargets {
                 text_to_image[j * b + j] = 1.0;
             }
         }
-        SoftTargets { image_to_text, text_to_image }
+        SoftTargets { image_to_text, text_to_image, pairs }
     }
 }
 
@@ -101,6 +104,7 @@ mod tests {
         let t = SoftTargets::new(&captions(&["a", "b"]), None);
         assert_eq!(t.image_to_text, [1.0, 0.0, 0.0, 1.0]);
         assert_eq!(t.text_to_image, [1.0, 0.0, 0.0, 1.0]);
+        assert_eq!(t.pairs, [1.0, 0.0, 0.0, 1.0]);
     }
 
     #[test]
@@ -108,6 +112,7 @@ mod tests {
         let t = SoftTargets::new(&captions(&["a", "b", "a"]), None);
         assert_eq!(t.image_to_text, [0.5, 0.0, 0.5, 0.0, 1.0, 0.0, 0.5, 0.0, 0.5]);
         assert_eq!(t.text_to_image, t.image_to_text);
+        assert_eq!(t.pairs, [1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0]);
     }
 
     #[test]
@@ -119,6 +124,7 @@ mod tests {
         let same = Mix { partner: vec![1, 0], keep: vec![0.3, 0.9] };
         let t = SoftTargets::new(&captions(&["a", "a"]), Some(&same));
         assert_eq!(t.image_to_text, [0.5; 4]);
+        assert!(t.pairs.iter().all(|p| (p - 1.0).abs() < 1e-6), "{t:?}");
     }
 
     #[test]

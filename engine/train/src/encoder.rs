@@ -7,7 +7,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use mcpipe_graph::{Cpu, Executor, Feed, GraphBuilder, Kernels, Mode, ParamStore, StepGraph};
-use mcpipe_models::{ModelError, eot_positions};
+use mcpipe_models::{LastToken, ModelError};
 
 use crate::error::TrainError;
 use crate::tower::{Head, ImageTower, TextTower};
@@ -15,15 +15,11 @@ use crate::tower::{Head, ImageTower, TextTower};
 /// Turns a caption into exactly the text tower's context length of token ids.
 pub type Tokenize = Arc<dyn Fn(&str) -> Vec<i32> + Send + Sync>;
 
-/// CLIP's tokenizer for a text tower of `context_length` tokens.
-pub fn clip_tokenizer(context_length: usize) -> Tokenize {
-    Arc::new(move |caption| mcpipe_data::tokenizer().tokenize(caption, context_length).ids)
-}
-
-/// Token ids `[n, L]` and end-of-text positions `[n]` of captions.
+/// Token ids `[n, L]` and last positions `[n]` of captions.
 pub(crate) fn tokens(
     tokenize: &Tokenize,
     context_length: usize,
+    last: LastToken,
     captions: &[&str],
 ) -> Result<(Vec<i32>, Vec<i32>), TrainError> {
     let mut ids = Vec::with_capacity(captions.len() * context_length);
@@ -37,14 +33,14 @@ pub(crate) fn tokens(
         }
         ids.extend(row);
     }
-    let eot = eot_positions(&ids, context_length);
+    let eot = last.positions(&ids, context_length);
     Ok((ids, eot))
 }
 
 enum Input {
     Images { values: usize },
     Embeddings { dim: usize },
-    Captions { tokenize: Tokenize, context_length: usize },
+    Captions { tokenize: Tokenize, context_length: usize, last: LastToken },
 }
 
 /// What a tower gives for some samples.
@@ -163,7 +159,8 @@ impl Encoder {
         store: &ParamStore,
         kernels: Kernels,
     ) -> Result<Self, TrainError> {
-        let input = Input::Captions { tokenize, context_length: tower.context_length() };
+        let (context_length, last) = (tower.context_length(), tower.last_token());
+        let input = Input::Captions { tokenize, context_length, last };
         Self::new(Self::text_graph(tower, batch)?, input, batch, store, kernels)
     }
 
@@ -303,13 +300,13 @@ impl Encoder {
     /// # Errors
     /// As [`encode_images`](Self::encode_images).
     pub fn encode_captions(&mut self, store: &ParamStore, captions: &[&str]) -> Result<Vec<f32>, TrainError> {
-        let Input::Captions { tokenize, context_length } = &self.input else {
+        let Input::Captions { tokenize, context_length, last } = &self.input else {
             return Err(TrainError::Setup("this encoder takes no captions".into()));
         };
-        let (tokenize, context_length) = (Arc::clone(tokenize), *context_length);
+        let (tokenize, context_length, last) = (Arc::clone(tokenize), *context_length, *last);
         let mut out = self.outputs(captions.len());
         for part in captions.chunks(self.batch) {
-            let (mut ids, mut eot) = tokens(&tokenize, context_length, part)?;
+            let (mut ids, mut eot) = tokens(&tokenize, context_length, last, part)?;
             ids.resize(self.batch * context_length, 0);
             eot.resize(self.batch, 0);
             self.forward(store, &[("ids", Feed::I32(&ids)), ("eot", Feed::I32(&eot))], part.len(), &mut out)?;

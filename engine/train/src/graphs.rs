@@ -3,9 +3,9 @@
 use mcpipe_graph::{GraphBuilder, Init, Path, StepGraph, Tensor};
 use mcpipe_models::{ModelError, TapInfo};
 
-use crate::distill::{BatchContext, CLIP, Pairing, TeacherInputs, clip_loss};
+use crate::distill::{BatchContext, CLIP, Pairing, SIGLIP, TeacherInputs, clip_loss, siglip_loss};
 use crate::error::TrainError;
-use crate::setup::{LOGIT_SCALE, ModelText, TeacherModel, TrainSetup};
+use crate::setup::{Contrast, LOGIT_BIAS, LOGIT_SCALE, ModelText, TeacherModel, TrainSetup};
 use crate::tower::ImageTower;
 
 /// Inputs and outputs by name.
@@ -17,6 +17,7 @@ pub(crate) const IMAGE: &str = "image";
 pub(crate) const TEXT: &str = "text";
 pub(crate) const IMAGE_TO_TEXT: &str = "targets.image_to_text";
 pub(crate) const TEXT_TO_IMAGE: &str = "targets.text_to_image";
+pub(crate) const PAIRS: &str = "targets.pairs";
 
 /// Path below which the parameters of distillation terms lie.
 const DISTILL: &str = "distill";
@@ -78,14 +79,22 @@ pub(crate) struct Graphs {
 /// Output name of the loss in a slot.
 pub(crate) fn loss_name(setup: &TrainSetup, slot: usize) -> String {
     match slot {
-        CLIP_SLOT => format!("loss.{CLIP}"),
+        CLIP_SLOT => format!("loss.{}", own_name(setup)),
         i => format!("loss.{}", setup.objective.terms[i - 1].name),
     }
 }
 
-/// Names of the terms in slot order; CLIP's own loss alone where nothing is distilled.
+/// Name of the model's own loss.
+fn own_name(setup: &TrainSetup) -> &'static str {
+    match setup.objective.contrast {
+        Contrast::Clip => CLIP,
+        Contrast::Sigmoid { .. } => SIGLIP,
+    }
+}
+
+/// Names of the terms in slot order; the model's own loss alone where nothing is distilled.
 pub(crate) fn term_names(setup: &TrainSetup) -> Vec<String> {
-    let mut names = vec![CLIP.to_owned()];
+    let mut names = vec![own_name(setup).to_owned()];
     if setup.distils() {
         names.extend(setup.objective.terms.iter().map(|t| t.name.clone()));
     }
@@ -285,6 +294,13 @@ fn loss(setup: &TrainSetup) -> Result<(StepGraph, Vec<usize>), TrainError> {
     } else {
         g.frozen(|g| g.param(&path, &[], log_scale))?
     };
+    let sigmoid = match setup.objective.contrast {
+        Contrast::Clip => None,
+        Contrast::Sigmoid { bias } => {
+            let bias = g.param(&Path::new(LOGIT_BIAS), &[], Init::Constant(bias as f32))?;
+            Some((bias, g.input(PAIRS, &[batch, batch])))
+        }
+    };
     let outputs = g.on_dfdx(|g| -> Result<Vec<(usize, Tensor)>, ModelError> {
         let image_bd = g.l2_normalize(&image_bd);
         let text_bd = g.l2_normalize(&text_bd);
@@ -300,7 +316,11 @@ fn loss(setup: &TrainSetup) -> Result<(StepGraph, Vec<usize>), TrainError> {
             targets,
             teachers: Vec::new(),
         };
-        let mut outputs = vec![(CLIP_SLOT, clip_loss(g, &context)?)];
+        let own = match &sigmoid {
+            None => clip_loss(g, &context)?,
+            Some((bias, pairs)) => siglip_loss(g, &context, bias, pairs)?,
+        };
+        let mut outputs = vec![(CLIP_SLOT, own)];
         if setup.distils() {
             for (i, term) in setup.objective.terms.iter().enumerate() {
                 context.path = Path::new(DISTILL).at(&term.name);

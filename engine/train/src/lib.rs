@@ -40,7 +40,7 @@ mod tests;
 pub use batch::{Batch, BatchSource, Mix, SoftTargets};
 pub use checkpoint::{CHECKPOINT_FORMAT, Checkpoint, CheckpointState, Checkpoints, Counters};
 pub use ema::Average;
-pub use encoder::{CaptionEncoder, Encoder, Tokenize, clip_tokenizer};
+pub use encoder::{CaptionEncoder, Encoder, Tokenize};
 pub use error::{BoxError, Origin, TrainError};
 pub use observer::{EvalReport, EvalWeights, Evaluate, NoEval, NoObserver, Observer, SkippedStep, StepReport};
 pub use optim::{
@@ -49,8 +49,8 @@ pub use optim::{
 pub use plan::{Part, StepPlan};
 pub use schedule::{Constant, Cosine, LrConfig, LrState, Plateau};
 pub use setup::{
-    AverageSetup, FrozenImage, LOGIT_SCALE, MAX_LOGIT_SCALE, ModelText, Objective, Teacher, TeacherModel, Term,
-    TrainSetup, TrainedModel,
+    AverageSetup, Contrast, FrozenImage, LOGIT_BIAS, LOGIT_SCALE, MAX_LOGIT_SCALE, ModelText, Objective, Teacher,
+    TeacherModel, Term, TrainSetup, TrainedModel,
 };
 pub use source::{LoaderSource, ViewSpec};
 pub use tower::{

@@ -15,6 +15,9 @@ use crate::{TrainError, distill};
 /// Name of the trained logit scale (its logarithm), a scalar.
 pub const LOGIT_SCALE: &str = "logit_scale";
 
+/// Name of the trained bias of SigLIP's logits, a scalar.
+pub const LOGIT_BIAS: &str = "logit_bias";
+
 /// Greatest exp(logit scale); the logarithm is held at or below ln 100 after every step.
 pub const MAX_LOGIT_SCALE: f64 = 100.0;
 
@@ -128,9 +131,24 @@ impl Term {
     }
 }
 
-/// L = (1−λ)·CLIP + λ·Σ weight·level.
+/// The model's own loss on images and captions.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub enum Contrast {
+    /// CLIP's: each image chooses among the batch's captions and each caption among its images.
+    #[default]
+    Clip,
+    /// SigLIP's: each pair is judged by itself, with a trained bias on the logits.
+    Sigmoid {
+        /// The bias at the start.
+        bias: f64,
+    },
+}
+
+/// L = (1−λ)·own + λ·Σ weight·level.
 #[derive(Clone, Debug, Default)]
 pub struct Objective {
+    /// The model's own loss.
+    pub contrast: Contrast,
     /// Share of distillation, 0 to 1. With 0 the terms are left out and no teacher runs.
     pub lambda: f64,
     /// Distillation terms.
@@ -245,7 +263,9 @@ impl TrainSetup {
         }
         let teachers = self.teacher_shapes()?;
         for (i, term) in self.objective.terms.iter().enumerate() {
-            if self.objective.terms[..i].iter().any(|t| t.name == term.name) || term.name == distill::CLIP {
+            if self.objective.terms[..i].iter().any(|t| t.name == term.name)
+                || [distill::CLIP, distill::SIGLIP].contains(&term.name.as_str())
+            {
                 return refuse(format!("two terms of the loss are called `{}`", term.name));
             }
             let chosen: Option<Vec<&TeacherShape>> = term.teachers.iter().map(|&t| teachers.get(t)).collect();

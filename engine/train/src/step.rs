@@ -13,9 +13,10 @@ use crate::ema::Average;
 use crate::encoder::tokens;
 use crate::error::TrainError;
 use crate::graphs::{
-    EOT, FEATURES, Graphs, IDS, IMAGE, IMAGE_TO_TEXT, IMAGES, TEXT, TEXT_TO_IMAGE, TeacherGraph, loss_name, term_names,
+    EOT, FEATURES, Graphs, IDS, IMAGE, IMAGE_TO_TEXT, IMAGES, PAIRS, TEXT, TEXT_TO_IMAGE, TeacherGraph, loss_name,
+    term_names,
 };
-use crate::setup::{LOGIT_SCALE, MAX_LOGIT_SCALE, ModelText, TeacherModel, TrainSetup};
+use crate::setup::{Contrast, LOGIT_SCALE, MAX_LOGIT_SCALE, ModelText, TeacherModel, TrainSetup};
 use crate::stochastic::drop_masks;
 
 /// Is shown each node and its value right after it ran.
@@ -216,7 +217,7 @@ impl Step {
         match &self.setup.model.text {
             ModelText::Trained { tower, tokenize } => {
                 let captions: Vec<&str> = batch.captions.iter().map(String::as_str).collect();
-                (self.ids, self.eot) = tokens(tokenize, tower.context_length(), &captions)?;
+                (self.ids, self.eot) = tokens(tokenize, tower.context_length(), tower.last_token(), &captions)?;
             }
             ModelText::Frozen { encoder, .. } => self.features = self.setup.text(*encoder)?.embed(&batch.captions)?,
         }
@@ -355,6 +356,9 @@ impl Step {
             (IMAGE_TO_TEXT.into(), &targets.image_to_text),
             (TEXT_TO_IMAGE.into(), &targets.text_to_image),
         ];
+        if matches!(self.setup.objective.contrast, Contrast::Sigmoid { .. }) {
+            named.push((PAIRS.into(), &targets.pairs));
+        }
         for run in &self.teachers {
             let name = &self.setup.teachers[run.plan.teacher].name;
             for (fed, values) in [(Fed::Image, &run.image), (Fed::Text, &run.text), (Fed::Scaled, &run.scaled)] {

@@ -3,9 +3,13 @@
 use std::fmt::Debug;
 use std::sync::Arc;
 
+use mcpipe_data::CaptionTokenizer;
 use mcpipe_graph::{GraphBuilder, Path, Tensor};
 use mcpipe_models::projection::Projection;
-use mcpipe_models::{Backbone, ModelError, Tap, TapInfo, TextEncoder};
+use mcpipe_models::weights::TEXT_ROOTS;
+use mcpipe_models::{Backbone, LastToken, ModelError, Tap, TapInfo, TextEncoder};
+
+use crate::encoder::Tokenize;
 
 /// What an image tower gives.
 #[derive(Clone, Debug)]
@@ -45,7 +49,17 @@ pub trait TextTower: Debug + Send + Sync {
     /// Dimension of the embedding.
     fn dim(&self) -> usize;
 
-    /// Adds the tower to `g` over token ids `ids_bl` `[B, L]` and the position of each caption's end-of-text token
+    /// Which position of a caption is the last that counts.
+    fn last_token(&self) -> LastToken {
+        LastToken::LargestId
+    }
+
+    /// Beginnings of its parameters' names in a file that holds more than the tower.
+    fn roots(&self) -> &'static [&'static str] {
+        &TEXT_ROOTS
+    }
+
+    /// Adds the tower to `g` over token ids `ids_bl` `[B, L]` and the position of each caption's last token
     /// `eot_b` `[B]`; gives the embedding `[B, D]`, not normalised.
     ///
     /// # Errors
@@ -134,6 +148,16 @@ pub struct EncoderTower {
     pub path: Path,
     /// Dimension of the projected embedding.
     pub dim: usize,
+    /// The tokenizer whose ids it reads.
+    pub tokenizer: CaptionTokenizer,
+}
+
+impl EncoderTower {
+    /// Turns captions into the tower's token ids.
+    pub fn tokenize(&self) -> Tokenize {
+        let (tokenizer, context_length) = (self.tokenizer.clone(), self.encoder.context_length());
+        Arc::new(move |caption| tokenizer.tokenize(caption, context_length).ids)
+    }
 }
 
 impl TextTower for EncoderTower {
@@ -143,6 +167,14 @@ impl TextTower for EncoderTower {
 
     fn dim(&self) -> usize {
         self.dim
+    }
+
+    fn last_token(&self) -> LastToken {
+        self.encoder.last_token()
+    }
+
+    fn roots(&self) -> &'static [&'static str] {
+        self.encoder.roots()
     }
 
     fn build(&self, g: &mut GraphBuilder, ids_bl: &Tensor, eot_b: &Tensor) -> Result<Tensor, ModelError> {

@@ -22,9 +22,11 @@ mod losses;
 mod nn;
 mod sizes;
 mod tape;
+mod text;
 
 use crate::activation::Activation;
 use crate::attention::Attention;
+use crate::attention_pool::AttentionPool;
 use crate::conv::Conv2d;
 use crate::gemm::Gemm;
 use crate::layout::Patches;
@@ -34,6 +36,8 @@ use crate::norm::{GroupNorm, Norm};
 use crate::pooling::Pool2d;
 use crate::resize::Resize;
 use crate::separable::SeparableAttention;
+use crate::sigmoid_loss::SigmoidLoss;
+use crate::token_conv::TokenConv;
 
 pub use tape::{Pullback, Real};
 
@@ -68,6 +72,19 @@ pub enum Op<'a> {
     GroupNorm(GroupNorm),
     /// qkv [B, T, 3, H, D] → [B, T, H·D]; saves the probabilities [B, H, T, T].
     Attention(Attention),
+    /// As [`Op::Attention`], where the keys of batch entry b are its tokens 0..=last\[b\].
+    MaskedAttention {
+        /// B, T, H, D.
+        dims: Attention,
+        /// B last tokens.
+        last: &'a [i32],
+    },
+    /// q [H, D], kv [B, T, 2, H, D] → [B, H·D]; saves the probabilities [B, H, T].
+    AttentionPool(AttentionPool),
+    /// x [B, T, C], w [C, K] → [B, T, C].
+    TokenConv(TokenConv),
+    /// a [B, D], b [B', D], scale \[1\], bias \[1\], constant t [B, B'] → loss \[1\].
+    SigmoidLoss(SigmoidLoss),
     /// qkv [B, T, 3, H, D] → probabilities [B, H, T, T].
     AttentionMap(Attention),
     /// qkv [B, N, 1 + 2·D] → [B, N, D]; saves the weights [B, N] and the context [B, D].
@@ -339,8 +356,12 @@ pub fn run<E: Real>(op: &Op<'_>, inputs: &[&[E]], keep: bool) -> Result<Run<E>, 
         Op::BatchNorm { dims, act } => nn::batch_norm(t, &dims, act),
         Op::BatchNormEval { dims, act } => (nn::batch_norm_eval(t, &dims, act), vec![]),
         Op::LayerNorm(dims) => nn::layer_norm(t, &dims),
+        Op::Attention(d) => nn::attention(t, &d, &[]),
+        Op::MaskedAttention { dims, last } => nn::attention(t, &dims, last),
+        Op::AttentionPool(d) => text::attention_pool(t, &d),
+        Op::TokenConv(d) => (text::token_conv(t, &d), vec![]),
+        Op::SigmoidLoss(d) => (text::sigmoid_loss(t, &d), vec![]),
         Op::GroupNorm(dims) => nn::group_norm(t, &dims),
-        Op::Attention(d) => nn::attention(t, &d),
         Op::AttentionMap(d) => (nn::attention_map(t, &d), vec![]),
         Op::SeparableAttention(d) => nn::separable_attention(t, &d),
         Op::GlobalAvgPool { batch, hw, c } => (nn::global_avg_pool(t, batch, hw, c), vec![]),

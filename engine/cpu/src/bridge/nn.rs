@@ -145,27 +145,33 @@ fn part<E: Real>(t: &Tape<E>, d: &Attention, which: usize) -> Heads<E> {
     qkv.permute::<_, Axes5<2, 0, 3, 1, 4>>().select(t.index(which))
 }
 
-fn probabilities<E: Real>(t: &Tape<E>, d: &Attention) -> Heads<E> {
+/// `last` names the last visible token of each batch entry; where it is empty, all are visible.
+fn probabilities<E: Real>(t: &Tape<E>, d: &Attention, last: &[i32]) -> Heads<E> {
     let keys = part(t, d, 1).permute::<_, Axes4<0, 1, 3, 2>>();
     let scores = part(t, d, 0).matmul(keys) * num::<E>(1.0 / (d.head_dim as f64).sqrt());
-    if !d.causal {
+    if !d.causal && last.is_empty() {
         return scores.softmax::<Axis<3>>();
     }
-    let hidden = |i: usize| if i % d.tokens > i / d.tokens { num(-1e30) } else { num(0.0) };
-    let mask = t.values((0..d.tokens * d.tokens).map(hidden).collect(), (d.tokens, d.tokens));
-    let mask = mask.broadcast_like::<_, Axes2<0, 1>>(&(d.batch, d.heads, d.tokens, d.tokens));
+    let n = d.tokens;
+    let hidden = |i: usize| {
+        let (b, query, key) = (i / (n * n), i / n % n, i % n);
+        let padding = last.get(b).is_some_and(|last| key > *last as usize);
+        num(if padding || d.causal && key > query { -1e30 } else { 0.0 })
+    };
+    let mask = t.values((0..d.batch * n * n).map(hidden).collect(), (d.batch, n, n));
+    let mask = mask.broadcast_like::<_, Axis<1>>(&(d.batch, d.heads, n, n));
     (scores + mask).softmax::<Axis<3>>()
 }
 
-pub(super) fn attention<E: Real>(t: &Tape<E>, d: &Attention) -> (Flat<E>, Vec<Vec<E>>) {
-    let map = probabilities(t, d);
+pub(super) fn attention<E: Real>(t: &Tape<E>, d: &Attention, last: &[i32]) -> (Flat<E>, Vec<Vec<E>>) {
+    let map = probabilities(t, d, last);
     let saved = map.as_vec();
     let out = map.matmul(part(t, d, 2));
     (flatten(out.permute::<_, Axes4<0, 2, 1, 3>>()), vec![saved])
 }
 
 pub(super) fn attention_map<E: Real>(t: &Tape<E>, d: &Attention) -> Flat<E> {
-    flatten(probabilities(t, d))
+    flatten(probabilities(t, d, &[]))
 }
 
 pub(super) fn separable_attention<E: Real>(t: &Tape<E>, d: &SeparableAttention) -> (Flat<E>, Vec<Vec<E>>) {

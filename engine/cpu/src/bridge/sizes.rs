@@ -52,6 +52,28 @@ pub(super) fn check<E>(op: &Op<'_>, inputs: &[&[E]]) -> Result<Sizes, BridgeErro
             saved = vec![map];
             (vec![qkv], out)
         }
+        Op::MaskedAttention { dims: d, last } => {
+            if last.len() != d.batch {
+                return Err(BridgeError::Dims("one last token per batch entry is needed"));
+            }
+            within(last, d.tokens)?;
+            let (qkv, out, map) = attention(&d);
+            saved = vec![map];
+            (vec![qkv], out)
+        }
+        Op::AttentionPool(d) => {
+            let width = d.heads * d.head_dim;
+            saved = vec![d.batch * d.heads * d.tokens];
+            (vec![width, 2 * d.batch * d.tokens * width], d.batch * width)
+        }
+        Op::TokenConv(d) => {
+            let x = d.batch * d.tokens * d.channels;
+            (vec![x, d.channels * d.kernel], x)
+        }
+        Op::SigmoidLoss(d) => {
+            constants = vec![4];
+            (vec![d.rows * d.dim, d.cols * d.dim, 1, 1, d.rows * d.cols], 1)
+        }
         Op::AttentionMap(d) => (vec![attention(&d).0], attention(&d).2),
         Op::SeparableAttention(d) => {
             let rows = d.batch * d.tokens;
@@ -126,7 +148,7 @@ pub(super) fn check<E>(op: &Op<'_>, inputs: &[&[E]]) -> Result<Sizes, BridgeErro
             return Err(BridgeError::Length { argument, expected, got: x.len() });
         }
     }
-    let loss = matches!(op, Op::Contrastive(_) | Op::Mse | Op::Cosine { .. } | Op::KlRows { .. });
+    let loss = matches!(op, Op::Contrastive(_) | Op::SigmoidLoss(_) | Op::Mse | Op::Cosine { .. } | Op::KlRows { .. });
     Ok(Sizes { value, saved, constants, loss })
 }
 
@@ -151,6 +173,7 @@ fn dims(op: &Op<'_>) -> Result<(), BridgeError> {
         {
             "a convolution needs a step, and groups that divide both numbers of channels"
         }
+        Op::TokenConv(d) if d.kernel % 2 == 0 => "a convolution over tokens has an odd kernel",
         Op::SliceRows { rows, start, count, .. } if start + count > rows => "the slice passes the last row",
         Op::Softmax { temperature, .. } | Op::LogSoftmax { temperature, .. }
             if temperature.is_nan() || temperature <= 0.0 =>

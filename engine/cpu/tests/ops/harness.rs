@@ -2,8 +2,8 @@
 
 use mcpipe_cpu::bridge::{self, Op, Real};
 use mcpipe_cpu::{
-    Workspace, activation, attention, conv, elementwise, embedding, gemm, layout, linear, loss, norm, pooling, resize,
-    separable, softmax,
+    Workspace, activation, attention, attention_pool, conv, elementwise, embedding, gemm, layout, linear, loss, norm,
+    pooling, resize, separable, sigmoid_loss, softmax, token_conv,
 };
 
 /// Numbers in (−1, 1) from a counter (SplitMix64), different for each seed.
@@ -139,6 +139,20 @@ pub fn forward(op: &Op<'_>, inputs: &[Vec<f32>], ws: &mut Workspace) -> (Vec<f32
             attention::attention_forward(&d, x(0), y_slice, &mut probs, ws);
             saved = vec![probs];
         }
+        Op::MaskedAttention { dims: d, last } => {
+            let mut probs = vec![f32::NAN; d.batch * d.heads * d.tokens * d.tokens];
+            attention::masked_attention_forward(&d, x(0), last, y_slice, &mut probs, ws);
+            saved = vec![probs];
+        }
+        Op::AttentionPool(d) => {
+            let mut probs = vec![f32::NAN; d.batch * d.heads * d.tokens];
+            attention_pool::attention_pool_forward(&d, x(0), x(1), y_slice, &mut probs, ws);
+            saved = vec![probs];
+        }
+        Op::TokenConv(d) => token_conv::token_conv_forward(&d, x(0), x(1), y_slice, ws),
+        Op::SigmoidLoss(d) => {
+            y[0] = sigmoid_loss::sigmoid_loss_forward(&d, x(0), x(1), x(2)[0], x(3)[0], x(4), ws);
+        }
         Op::AttentionMap(d) => attention::attention_map_forward(&d, x(0), y_slice, ws),
         Op::GlobalAvgPool { batch, hw, c } => pooling::global_avg_pool_forward(batch, hw, c, x(0), y_slice),
         Op::MaxPool(d) => {
@@ -249,6 +263,27 @@ pub fn backward(
             vec![Some((dx, a)), Some((dg, true)), Some((db, true))]
         }
         Op::Attention(d) => one(&mut |dx| attention::attention_backward(&d, x(0), &saved[0], dy, dx, a, ws)),
+        Op::MaskedAttention { dims: d, .. } => {
+            one(&mut |dx| attention::attention_backward(&d, x(0), &saved[0], dy, dx, a, ws))
+        }
+        Op::AttentionPool(d) => {
+            let (mut dq, mut dkv) = (param(0), data(1));
+            attention_pool::attention_pool_backward(&d, x(0), x(1), &saved[0], dy, &mut dkv, a, &mut dq, ws);
+            vec![Some((dq, true)), Some((dkv, a))]
+        }
+        Op::TokenConv(d) => {
+            let (mut dx, mut dw) = (data(0), param(1));
+            token_conv::token_conv_backward_data(&d, x(1), dy, &mut dx, a, ws);
+            token_conv::token_conv_backward_weights(&d, x(0), dy, &mut dw, ws);
+            vec![Some((dx, a)), Some((dw, true))]
+        }
+        Op::SigmoidLoss(d) => {
+            let [mut da, mut db] = [0, 1].map(|i| vec![f32::NAN; inputs[i].len()]);
+            let (mut ds, mut dc) = (f32::NAN, f32::NAN);
+            let (s, c, to) = (x(2)[0], x(3)[0], [&mut ds, &mut dc]);
+            sigmoid_loss::sigmoid_loss_backward(&d, x(0), x(1), s, c, x(4), dy[0], &mut da, &mut db, to, ws);
+            vec![Some((da, false)), Some((db, false)), Some((vec![ds], false)), Some((vec![dc], false)), None]
+        }
         Op::AttentionMap(d) => one(&mut |dx| attention::attention_map_backward(&d, x(0), y, dy, dx, a, ws)),
         Op::SeparableAttention(d) => one(&mut |dx| {
             separable::separable_attention_backward(&d, x(0), &saved[0], &saved[1], dy, dx, a, ws);

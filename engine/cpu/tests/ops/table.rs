@@ -2,6 +2,7 @@
 
 use mcpipe_cpu::activation::Activation;
 use mcpipe_cpu::attention::Attention;
+use mcpipe_cpu::attention_pool::AttentionPool;
 use mcpipe_cpu::bridge::Op;
 use mcpipe_cpu::conv::Conv2d;
 use mcpipe_cpu::gemm::Gemm;
@@ -12,6 +13,8 @@ use mcpipe_cpu::norm::{GroupNorm, Norm};
 use mcpipe_cpu::pooling::Pool2d;
 use mcpipe_cpu::resize::Resize;
 use mcpipe_cpu::separable::SeparableAttention;
+use mcpipe_cpu::sigmoid_loss::SigmoidLoss;
+use mcpipe_cpu::token_conv::TokenConv;
 
 use crate::harness::{Case, Fill};
 
@@ -66,7 +69,35 @@ pub fn cases(large: bool) -> Vec<Case> {
             let d = Attention { batch, tokens, heads, head_dim, causal };
             let n = batch * tokens * 3 * heads * head_dim;
             all.push(case("attention", Op::Attention(d), &[(n, Fill::Uniform(2.0, 0.0))]));
+            // Most entries see their first token alone, one sees three.
+            const LAST: [i32; 37] = {
+                let mut last = [0; 37];
+                last[1] = 2;
+                last
+            };
+            if batch <= LAST.len() && tokens >= 3 {
+                let op = Op::MaskedAttention { dims: d, last: &LAST[..batch] };
+                all.push(case("masked_attention", op, &[(n, Fill::Uniform(2.0, 0.0))]));
+            }
             all.push(case("attention_map", Op::AttentionMap(d), &[(n, Fill::Uniform(2.0, 0.0))]));
+        }
+    }
+    for (batch, tokens, heads, head_dim) in if large { [(3, 49, 3, 20), (1, 5, 2, 64)] } else { [(2, 3, 2, 2); 2] } {
+        let d = AttentionPool { batch, tokens, heads, head_dim };
+        let (q, kv) = (heads * head_dim, 2 * batch * tokens * heads * head_dim);
+        all.push(case("attention_pool", Op::AttentionPool(d), &[(q, Fill::Uniform(2.0, 0.0)), (kv, U)]));
+    }
+    for (tokens, kernel) in [(size(4, 77), 3), (size(3, 6), size(5, 11)), (1, 1)] {
+        let d = TokenConv { batch: size(2, 5), tokens, channels: size(3, 37), kernel };
+        let inputs = [(d.batch * tokens * d.channels, U), (d.channels * kernel, U)];
+        all.push(case("token_conv", Op::TokenConv(d), &inputs));
+    }
+    for (scale, bias) in [(10.0, -10.0), (100.0, 3.0)] {
+        let d = SigmoidLoss { rows: size(3, 37), cols: size(4, 41), dim: size(5, 67) };
+        let (a, b) = ((d.rows * d.dim, Fill::Unit(d.dim)), (d.cols * d.dim, Fill::Unit(d.dim)));
+        for t in [Fill::OneHot(d.cols), Fill::Probabilities(d.cols)] {
+            let inputs = [a, b, (1, Fill::Uniform(0.0, scale)), (1, Fill::Uniform(0.0, bias)), (d.rows * d.cols, t)];
+            all.push(case("sigmoid_loss", Op::SigmoidLoss(d), &inputs));
         }
     }
     for (batch, tokens, dim) in if large { vec![(5, 64, 48), (3, 17, 21), (1, 1, 3)] } else { vec![(2, 4, 3)] } {

@@ -7,8 +7,8 @@ use std::collections::HashMap;
 
 use mcpipe_cpu::norm::{self, Norm};
 use mcpipe_cpu::{
-    Epilogue, Precision, Workspace, activation, attention, conv, elementwise, embedding, gemm, layout, linear, loss,
-    pooling, resize, separable, softmax,
+    Epilogue, Precision, Workspace, activation, attention, attention_pool, conv, elementwise, embedding, gemm, layout,
+    linear, loss, pooling, resize, separable, sigmoid_loss, softmax, token_conv,
 };
 
 use super::reference::{self, Tape};
@@ -139,6 +139,18 @@ impl Backend for Cpu {
                 let probs = d.batch * d.heads * d.tokens * d.tokens;
                 attention::attention_forward(d, x(0), y, &mut saved[0][..probs], ws);
             }
+            Op::MaskedAttention(d) => {
+                let probs = d.batch * d.heads * d.tokens * d.tokens;
+                attention::masked_attention_forward(d, x(0), io.ins[1].ids(), y, &mut saved[0][..probs], ws);
+            }
+            Op::AttentionPool(d) => {
+                let probs = &mut saved[0][..d.batch * d.heads * d.tokens];
+                attention_pool::attention_pool_forward(d, x(0), x(1), y, probs, ws);
+            }
+            Op::TokenConv(d) => token_conv::token_conv_forward(d, x(0), x(1), y, ws),
+            Op::SigmoidLoss(d) => {
+                y[0] = sigmoid_loss::sigmoid_loss_forward(d, x(0), x(1), x(2)[0], x(3)[0], x(4), ws);
+            }
             Op::AttentionMap(d) => attention::attention_map_forward(d, x(0), y, ws),
             Op::SeparableAttention(d) => {
                 let [p, context] = pair(saved);
@@ -255,6 +267,7 @@ fn check_ids(node: &Node, op: &Op, ins: &[Arg<'_, Cpu>]) -> Result<(), BackendEr
     let rows = match op {
         Op::Embedding { width } => ins[0].values().len() / (*width).max(1),
         Op::GatherRows { tokens, .. } => *tokens,
+        Op::MaskedAttention(d) => d.tokens,
         _ => return Ok(()),
     };
     match ins[1].ids().iter().find(|&&i| usize::try_from(i).map_or(true, |i| i >= rows)) {

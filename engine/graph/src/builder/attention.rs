@@ -8,7 +8,7 @@ use crate::graph::{GraphError, Tensor};
 use crate::op::Op;
 
 impl GraphBuilder {
-    fn attention_dims(&self, qkv: &Tensor, heads: usize, causal: bool) -> Result<Attention, GraphError> {
+    pub(super) fn attention_dims(&self, qkv: &Tensor, heads: usize, causal: bool) -> Result<Attention, GraphError> {
         match qkv.shape[..] {
             [batch, tokens, width] if heads > 0 && width % (3 * heads) == 0 => {
                 Ok(Attention { batch, tokens, heads, head_dim: width / (3 * heads), causal })

@@ -64,7 +64,7 @@ impl GraphBuilder {
         Ok(self.op(Op::GatherRows { batch, tokens, width }, &[x, index], vec![batch, width]))
     }
 
-    fn tokens(&self, op: &'static str, x: &Tensor) -> Result<[usize; 3], GraphError> {
+    pub(super) fn tokens(&self, op: &'static str, x: &Tensor) -> Result<[usize; 3], GraphError> {
         match x.shape[..] {
             [b, n, c] => Ok([b, n, c]),
             _ => Err(self.refuse(op, &[x], "[batch, tokens, width] is needed")),

@@ -12,7 +12,8 @@ const IMAGE: &str = "image_encoder.model.";
 /// A tensor by which Apple's FastViT is known.
 const STEM: &str = "patch_embed.0.rbr_conv.0.conv.weight";
 
-/// Names of the text tower of MobileCLIP-S1 and -S2, a plain transformer.
+/// Names of the text towers: a plain transformer (MobileCLIP-S1, -S2), and one between two RepMixer blocks (-S0), whose
+/// names within a block stay Apple's.
 const TEXT: &[Rule] = &[
     Rule::rename("text_encoder.embedding_layer.**", "text.token_embedding.**"),
     Rule {
@@ -22,6 +23,9 @@ const TEXT: &[Rule] = &[
     },
     Rule::rename("text_encoder.final_layer_norm.**", "text.ln_final.**"),
     Rule::rename("text_encoder.projection_layer", "text.text_projection"),
+    Rule::rename("text_encoder.transformer.*.token_mixer.**", "text.transformer.resblocks.*.token_mixer.**"),
+    Rule::rename("text_encoder.transformer.*.convffn.**", "text.transformer.resblocks.*.convffn.**"),
+    Rule::rename("text_encoder.transformer.*.layer_scale", "text.transformer.resblocks.*.layer_scale"),
     Rule::rename("text_encoder.transformer.*.pre_norm_mha.0.**", "text.transformer.resblocks.*.ln_1.**"),
     Rule::rename(
         "text_encoder.transformer.*.pre_norm_mha.1.qkv_proj.weight",

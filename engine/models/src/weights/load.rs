@@ -22,7 +22,7 @@ pub struct Loaded {
 }
 
 /// Top-level names of a text tower in open_clip's `CLIP` form.
-const TEXT_ROOTS: [&str; 5] =
+pub const TEXT_ROOTS: [&str; 5] =
     ["token_embedding.", "positional_embedding", "transformer.", "ln_final.", "text_projection"];
 
 impl NameMap {
@@ -53,11 +53,17 @@ impl NameMap {
     /// Where `checkpoint` keeps the text tower of a CLIP model: `text.` (`CustomTextCLIP`), the top level beside
     /// `visual.` (`CLIP`), or everything (a text tower by itself).
     pub fn and_text(self, checkpoint: &Checkpoint, path: &str) -> Self {
+        self.and_text_of(checkpoint, path, &TEXT_ROOTS)
+    }
+
+    /// As [`and_text`](Self::and_text), for a tower whose names begin with `roots` where it stands at the top level (see
+    /// [`TextEncoder::roots`](crate::TextEncoder::roots)).
+    pub fn and_text_of(self, checkpoint: &Checkpoint, path: &str, roots: &[&str]) -> Self {
         if checkpoint.names().any(|n| n.starts_with("text.")) {
             return self.and("text.", path_prefix(path));
         }
         let path = path_prefix(path);
-        TEXT_ROOTS.iter().fold(self, |map, root| map.and(*root, format!("{path}{root}")))
+        roots.iter().fold(self, |map, root| map.and(*root, format!("{path}{root}")))
     }
 
     /// The store's name of the file's `name`.

@@ -16,11 +16,11 @@ use super::rules::Slots;
 use super::slot::Slot;
 use super::torch::{Contents, Problem, read_legacy, read_zip};
 use super::write::CHECKSUM_KEY;
-use super::{WeightsError, apple};
+use super::{WeightsError, apple, hugging_face};
 
 /// A weight file, opened and checked: safetensors, or PyTorch's zip archives and older pickles, each also gzipped.
 /// Tensor names are without wrappers (`module.`, `_orig_mod.`), in timm's and open_clip's form where the file is in
-/// Apple's; names that no model reads (`num_batches_tracked`, `position_ids`) are left out.
+/// Apple's or in that of Hugging Face's `CLIPModel`; names that no model reads (`num_batches_tracked`, `position_ids`) are left out.
 #[derive(Debug)]
 pub struct Checkpoint {
     path: PathBuf,
@@ -158,9 +158,16 @@ impl Checkpoint {
                 return Err(corrupt(format!("two tensors are called `{short}` once wrappers are stripped")));
             }
         }
-        let names_of = apple::is_apple(&slots).then_some("Apple's MobileCLIP");
-        if names_of.is_some() {
+        let mut names_of = None;
+        if apple::is_apple(&slots) {
+            names_of = Some("Apple's MobileCLIP");
             slots = apple::from_apple(slots).map_err(corrupt)?;
+        } else if hugging_face::is_clip(&slots) {
+            names_of = Some("Hugging Face's CLIPModel");
+            slots = hugging_face::from_clip(slots).map_err(corrupt)?;
+        } else if hugging_face::is_bert(&slots) {
+            names_of = Some("Hugging Face's BertModel");
+            slots = hugging_face::from_bert(slots).map_err(corrupt)?;
         }
         let (counters, tensors) = slots.into_iter().partition(|(name, _)| last_segment(name) == "num_batches_tracked");
         let source = Source { container, gzipped, wrappers, prefixes, names_of };

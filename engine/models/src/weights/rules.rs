@@ -22,15 +22,10 @@ pub(super) enum Form {
     /// Nothing.
     Same,
     /// A matrix is transposed.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for the tables of libraries with linear maps the other way"))]
     Transposed,
     /// Axes of one element go.
     Squeezed,
     /// It is the part at this position, from 0, of so many that are joined along the first axis (query, key, value).
-    #[cfg_attr(
-        not(test),
-        expect(dead_code, reason = "for the tables of libraries that keep query, key and value apart")
-    )]
     Part(usize, usize),
 }
 

@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
+use mcpipe_data::{CaptionTokenizer, WordPiece};
 use mcpipe_graph::{GraphBuilder, Path, Tensor};
 use mcpipe_models::projection::{Projection, ProjectionKind};
-use mcpipe_models::{Backbone, ModelError, Naming, TextEncoder};
+use mcpipe_models::{Backbone, LastToken, ModelError, Naming, TextEncoder, Vocabulary};
 use mcpipe_spec::{Code, Diagnostic, Document, Params, Teacher, TeacherKind, TeacherText, TextEncoder as TextSpec};
 use mcpipe_train::{BackboneTower, EncoderTower, Head};
 
@@ -112,7 +113,9 @@ impl Models {
         let image =
             tower(document, "student", &spec.student.backbone, spec.student.image_size, &spec.student.params, found);
         let own = match &spec.text {
-            TextSpec::Own(own) => Some(text_tower(document, "text", &own.encoder, &own.params, own.dim, found)),
+            TextSpec::Own(own) => {
+                Some(text_tower(document, "text", (&own.encoder, &own.params, own.vocab.as_deref()), own.dim, found))
+            }
             TextSpec::Teacher(_) => None,
         };
         let teachers: Vec<TeacherModel> = teachers.into_iter().collect::<Option<_>>()?;
@@ -166,7 +169,8 @@ fn resolve_teacher(
     };
     let text = match teacher.text() {
         Some(TeacherText::Own(t)) => {
-            Some(text_tower(document, &format!("{path}.text"), &t.encoder, &t.params, dim, found).map(TextSide::Own))
+            let parts = (t.encoder.as_str(), &t.params, t.vocab.as_deref());
+            Some(text_tower(document, &format!("{path}.text"), parts, dim, found).map(TextSide::Own))
         }
         Some(TeacherText::Teacher(of)) => {
             let other = document.spec.teachers.iter().position(|t| t.name() == of.teacher);
@@ -247,8 +251,7 @@ fn nearest_sizes(backbone: &dyn Backbone, size: usize) -> Vec<usize> {
 fn text_tower(
     document: &Document,
     path: &str,
-    name: &str,
-    params: &Params,
+    (name, params, vocab): (&str, &Params, Option<&std::path::Path>),
     dim: usize,
     found: &mut Vec<Diagnostic>,
 ) -> Option<EncoderTower> {
@@ -259,19 +262,72 @@ fn text_tower(
             return None;
         }
     };
-    if encoder.vocab_size() < mcpipe_data::VOCABULARY {
-        let message = format!(
-            "`{name}` knows {} token ids, but the tokenizer has {}",
-            encoder.vocab_size(),
-            mcpipe_data::VOCABULARY
-        );
+    let tokenizer = match tokenizer(document, path, name, encoder.vocabulary(), vocab) {
+        Ok(tokenizer) => tokenizer,
+        Err(diagnostic) => {
+            found.push(*diagnostic);
+            return None;
+        }
+    };
+    if encoder.vocab_size() < tokenizer.len() {
+        let (known, needed) = (encoder.vocab_size(), tokenizer.len());
+        let message = format!("`{name}` knows {known} token ids, but the tokenizer has {needed}");
         let place = format!("{path}.params.vocab_size");
-        found.push(
-            document.diagnostic(Code::BadParams, &place, message).with_label("too few").with_help("leave it out"),
-        );
+        let place = if document.is_set(&place) { place } else { format!("{path}.encoder") };
+        let help = format!("set `params = {{ vocab_size = {needed} }}`");
+        found.push(document.diagnostic(Code::BadParams, &place, message).with_label("too few").with_help(help));
         return None;
     }
-    Some(EncoderTower { encoder, path: Path::new(TEXT), dim })
+    if let (LastToken::BeforePadding(id), CaptionTokenizer::WordPiece { vocabulary, .. }) =
+        (encoder.last_token(), &tokenizer)
+        && id != vocabulary.padding()
+    {
+        let padding = vocabulary.padding();
+        let message = format!("`{name}` takes the id {id} for padding, but the vocabulary's `[PAD]` is {padding}");
+        let place = format!("{path}.params.padding_id");
+        let place = if document.is_set(&place) { place } else { format!("{path}.vocab") };
+        let help = format!("set `params = {{ padding_id = {padding} }}`");
+        found.push(document.diagnostic(Code::BadParams, &place, message).with_label("another id").with_help(help));
+        return None;
+    }
+    Some(EncoderTower { encoder, path: Path::new(TEXT), dim, tokenizer })
+}
+
+/// The tokenizer that an encoder was made for, its vocabulary read where it has one of its own.
+fn tokenizer(
+    document: &Document,
+    path: &str,
+    name: &str,
+    reads: Vocabulary,
+    vocab: Option<&std::path::Path>,
+) -> Result<CaptionTokenizer, Box<Diagnostic>> {
+    let place = format!("{path}.vocab");
+    match (reads, vocab) {
+        (Vocabulary::Clip, None) => Ok(CaptionTokenizer::Clip),
+        (Vocabulary::Clip, Some(_)) => {
+            let message = format!("`{name}` reads CLIP's vocabulary, which is built in");
+            let diagnostic = document.diagnostic(Code::Unused, &place, message);
+            Err(Box::new(diagnostic.with_label("not used").with_help("remove it")))
+        }
+        (Vocabulary::WordPiece { .. }, None) => {
+            let message = format!("`{name}` needs its vocabulary");
+            let diagnostic = document.diagnostic(Code::MissingKey, &format!("{path}.encoder"), message);
+            let help = "name the file that came with its weights: `vocab = \"vocab.txt\"`";
+            Err(Box::new(diagnostic.with_label("`vocab` is missing").with_help(help)))
+        }
+        (Vocabulary::WordPiece { .. }, Some(file)) if !file.exists() => {
+            Err(Box::new(document.missing_file(&place, "vocabulary", file)))
+        }
+        (Vocabulary::WordPiece { lowercase }, Some(file)) => match WordPiece::open(file, lowercase) {
+            Ok(vocabulary) => {
+                Ok(CaptionTokenizer::WordPiece { path: file.to_owned(), vocabulary: Arc::new(vocabulary) })
+            }
+            Err(error) => {
+                let diagnostic = document.diagnostic(Code::BadFile, &place, error.to_string());
+                Err(Box::new(diagnostic.with_label("cannot be used")))
+            }
+        },
+    }
 }
 
 fn student(

@@ -11,7 +11,6 @@ use mcpipe_graph::ParamStore;
 use mcpipe_spec::{Evaluation, NoParams, TeacherKind};
 use mcpipe_train::{
     BackboneTower, BoxError, CaptionEncoder, Encoder, EvalReport, EvalWeights, Evaluate, Head, ImageTower,
-    clip_tokenizer,
 };
 use serde_json::{Value, json};
 
@@ -360,8 +359,7 @@ impl RunEvaluation {
                 let (owner, text) = models.text_of(at).ok_or_else(lost)?;
                 let stage = teacher_stage(&self.resolved, owner).ok_or_else(lost)?;
                 let store = read_own(&context.input(&stage)?.join(WEIGHTS), &[text_graph(text)?])?.store;
-                let tokenize = clip_tokenizer(text.encoder.context_length());
-                (tower, CaptionEncoder::new(text, tokenize, Arc::new(store), context.settings.kernels)?, None)
+                (tower, CaptionEncoder::new(text, text.tokenize(), Arc::new(store), context.settings.kernels)?, None)
             }
         };
         let store = read_own(&file, &[image_graph(tower)?])?.store;

@@ -72,9 +72,13 @@ impl Stage for LoadTeacher {
         let file = load.weights.as_path();
         let (digest, _) = file_digest(file).map_err(|e| RunError::read(file, e))?;
         let spec = &self.resolved.spec().teachers[self.at];
-        Ok(
-            json!({ "file": [json!(digest), json!(load.resize_position)], "image": spec.image(), "text": spec.text(), "dim": spec.dim() }),
-        )
+        let vocabulary = match &self.resolved.models.teachers[self.at].text {
+            Some(TextSide::Own(tower)) => tower.tokenizer.digest(),
+            _ => None,
+        };
+        let (image, text) = (spec.image(), spec.text());
+        let file = [json!(digest), json!(load.resize_position)];
+        Ok(json!({ "file": file, "image": image, "text": text, "vocabulary": vocabulary, "dim": spec.dim() }))
     }
 
     fn load(&self) -> Load {

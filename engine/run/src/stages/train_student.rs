@@ -91,9 +91,9 @@ impl Stage for TrainStudent {
         let text = match &self.resolved.models.student.text {
             // A teacher's text tower comes through the port.
             StudentText::Teacher(_) => json!("teacher"),
-            StudentText::File(_, file) => {
+            StudentText::File(tower, file) => {
                 let (digest, _) = file_digest(file).map_err(|e| RunError::read(file, e))?;
-                json!([spec.text, digest])
+                json!([spec.text, digest, tower.tokenizer.digest()])
             }
         };
         let weights = match &s.weights {
@@ -125,6 +125,7 @@ impl Stage for TrainStudent {
             "text": text,
             "projection": spec.projection,
             "logit_scale": [spec.loss.logit_scale, json!(spec.loss.train_logit_scale)],
+            "loss": [json!(spec.loss.kind), json!(spec.loss.logit_bias)],
             "distillation": distillation,
             "training": training_settings(&spec.training),
             "optimizer": spec.optimizer,

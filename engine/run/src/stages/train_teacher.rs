@@ -115,7 +115,7 @@ impl Stage for TrainTeacher {
         // Not its name and not the scale of its targets: neither changes its weights.
         Ok(json!({
             "image": teacher.image,
-            "text": match self.model().text { Some(TextSide::Own(_)) => json!(teacher.text), _ => json!("other") },
+            "text": match self.model().text { Some(TextSide::Own(ref tower)) => json!([teacher.text, tower.tokenizer.digest()]), _ => json!("other") },
             "dim": teacher.dim,
             "training": training_settings(&teacher.training),
             "optimizer": spec.optimizer_of(teacher),

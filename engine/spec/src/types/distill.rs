@@ -4,10 +4,12 @@ use serde::{Deserialize, Serialize};
 use super::markers::TeacherName;
 use super::{Params, yes};
 
-/// CLIP's own loss and its balance against distillation: L = (1−lambda)·CLIP + lambda·Σ weight·level.
+/// The student's own loss and its balance against distillation: L = (1−lambda)·own + lambda·Σ weight·level.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Loss {
+    /// The student's own loss on images and captions.
+    pub kind: LossKind,
     /// Share of distillation in the loss; 0 trains on captions alone, 1 on teachers alone.
     #[schemars(range(min = 0.0, max = 1.0))]
     pub lambda: f64,
@@ -17,11 +19,26 @@ pub struct Loss {
     /// Train the logit scale; it never passes 100.
     #[serde(default = "yes")]
     pub train_logit_scale: bool,
+    /// For `siglip`: the trained bias of its logits at the start. Absent: -10, as published (with a logit scale of 10).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = -1000.0, max = 1000.0))]
+    pub logit_bias: Option<f64>,
+}
+
+/// The student's own loss on images and captions.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum LossKind {
+    /// CLIP's cross-entropies: an image chooses among the batch's captions, a caption among its images.
+    #[default]
+    Clip,
+    /// SigLIP's: each pair is judged by itself, a match or none.
+    Siglip,
 }
 
 impl Default for Loss {
     fn default() -> Self {
-        Self { lambda: 0.7, logit_scale: 14.2857, train_logit_scale: true }
+        Self { kind: LossKind::Clip, lambda: 0.7, logit_scale: 14.2857, train_logit_scale: true, logit_bias: None }
     }
 }
 

@@ -17,7 +17,7 @@ mod weights;
 
 pub use augment::{Augment, Crop, CutMix, Mixup};
 pub use data::{Data, EvalData, MakeData, OnBadSample, Shards, TrainData};
-pub use distill::{Distill, Loss, Ramp, WeightSchedule};
+pub use distill::{Distill, Loss, LossKind, Ramp, WeightSchedule};
 pub use evaluation::{Evaluation, Export, ExportFormat, Run};
 pub use model::{Ema, OwnText, Projection, ProjectionKind, Student, TextEncoder, TextOfTeacher, TextTower, Tower};
 pub use params::{Params, ParamsError};

@@ -3,6 +3,7 @@ use std::path::PathBuf;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::markers::PathText;
 use super::{Params, Weights};
 
 /// The image encoder to train.
@@ -67,9 +68,13 @@ pub struct Tower {
 pub struct TextTower {
     /// The text encoder.
     pub encoder: String,
-    /// Sizes of the encoder that differ from CLIP's.
+    /// Sizes of the encoder that differ from its published ones.
     #[serde(default, skip_serializing_if = "Params::is_empty")]
     pub params: Params,
+    /// Vocabulary of an encoder that reads WordPiece: a text file with one piece a line (BERT's `vocab.txt`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<PathText>")]
+    pub vocab: Option<PathBuf>,
 }
 
 /// The frozen text encoder that the student's image embeddings are trained to match.
@@ -98,10 +103,14 @@ pub struct TextOfTeacher {
 pub struct OwnText {
     /// The text encoder.
     pub encoder: String,
-    /// Sizes of the encoder that differ from CLIP's.
+    /// Sizes of the encoder that differ from its published ones.
     #[serde(default, skip_serializing_if = "Params::is_empty")]
     pub params: Params,
-    /// File with the encoder's weights under open_clip's names.
+    /// Vocabulary of an encoder that reads WordPiece: a text file with one piece a line (BERT's `vocab.txt`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<PathText>")]
+    pub vocab: Option<PathBuf>,
+    /// File with the encoder's weights under open_clip's names, or under Hugging Face's.
     #[schemars(extend("x-mcpipe-path" = true, "minLength" = 1))]
     pub weights: PathBuf,
     /// Dimension of the text embedding.

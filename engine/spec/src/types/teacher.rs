@@ -76,7 +76,8 @@ pub struct LoadTeacher {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(max = 1000.0), extend("exclusiveMinimum" = 0))]
     pub logit_scale: Option<f64>,
-    /// File with the weights under timm's and open_clip's names.
+    /// File with the weights under timm's and open_clip's names, or under those of Hugging Face's `CLIPModel` and
+    /// `BertModel`.
     #[schemars(extend("x-mcpipe-path" = true, "minLength" = 1))]
     pub weights: PathBuf,
     /// Resize the file's position embeddings to the towers' grid and context, as timm and open_clip do.

@@ -11,6 +11,7 @@ mod features;
 mod icl;
 mod logits;
 mod projection;
+mod siglip;
 
 use std::fmt::{self, Debug};
 use std::sync::Arc;
@@ -26,6 +27,8 @@ use crate::tower::{StudentShape, TeacherShape};
 
 pub use clip::CLIP;
 pub(crate) use clip::clip_loss;
+pub use siglip::SIGLIP;
+pub(crate) use siglip::siglip_loss;
 
 /// A value of a level's parameters that does not fit the models.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -66,6 +66,15 @@ fn both_towers() {
     check(s, true);
 }
 
+/// SigLIP's loss with its bias, beside a level; mixed, over two parts.
+#[test]
+fn pairs_judged_by_themselves() {
+    let mut s = setup(conv(6, false), training(10, 4, 2));
+    s.model.text = ModelText::Trained { tower: Arc::new(BagOfTokens { dim: 6 }), tokenize: tokenize() };
+    s.objective.contrast = Contrast::Sigmoid { bias: -1.5 };
+    check(s, true);
+}
+
 #[test]
 fn shared_projection_and_text_side_of_the_projection_level() {
     #[derive(Debug)]
@@ -96,6 +105,7 @@ fn shared_projection_and_text_side_of_the_projection_level() {
     s.objective = Objective {
         lambda: 0.5,
         terms: vec![term("projection", "projection", "", &[0], 8.0), term("icl", "icl", "", &[0], 1.0)],
+        ..Objective::default()
     };
     check(s, false);
 }

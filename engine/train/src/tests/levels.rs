@@ -73,7 +73,7 @@ fn with_teacher(terms: Vec<Term>) -> TrainSetup {
     let mut s = setup(conv(6, false), training(10, 5, 1));
     s.texts.push(caption_encoder(6, 12));
     s.teachers = vec![frozen("clip", Arc::new(vit("visual", 2, 8, 6)), Some(1), 21)];
-    s.objective = Objective { lambda: 0.5, terms };
+    s.objective = Objective { lambda: 0.5, terms, ..Objective::default() };
     s
 }
 
@@ -167,7 +167,8 @@ fn attention_of_another_grid_and_with_a_class_token() {
     let mut s = setup(Arc::new(vit("visual", 2, 8, 6)), training(10, 4, 1));
     s.teachers = vec![frozen("conv", conv(6, false), None, 4)];
     let maps = "taps = [{ student = 'transformer.resblocks.1.attn', teacher = 'attn' }]";
-    s.objective = Objective { lambda: 1.0, terms: vec![term("a", "attention", maps, &[0], 1.0)] };
+    s.objective =
+        Objective { lambda: 1.0, terms: vec![term("a", "attention", maps, &[0], 1.0)], ..Objective::default() };
     let got = losses(s, &Random::new(4, false).batch(0));
     assert!(got[1] > 0.0 && got[1].is_finite(), "{got:?}");
 }

@@ -263,6 +263,7 @@ pub(super) fn everything(batch_norm: bool, training: Training) -> TrainSetup {
             term("attention", "attention", transfer, &[0, 1], 2.0),
             term("attention.2", "attention", maps, &[0, 1], 2.0),
         ],
+        ..Objective::default()
     };
     s
 }

@@ -1,8 +1,8 @@
 //! The VJP of each op by its kernel.
 
 use mcpipe_cpu::{
-    Workspace, activation, attention, conv, elementwise, embedding, gemm, layout, linear, loss, norm, pooling, resize,
-    separable, softmax,
+    Workspace, activation, attention, attention_pool, conv, elementwise, embedding, gemm, layout, linear, loss, norm,
+    pooling, resize, separable, sigmoid_loss, softmax, token_conv,
 };
 
 use super::Cpu;
@@ -72,6 +72,25 @@ pub(super) fn run(op: &Op, node: &Node, io: Vjp<'_, Cpu>, ws: &mut Workspace) {
             }
             weights_vjp(&mut g, |dw, db| linear::linear_backward_weights(d, x(0), dy, dw, db, ws));
         }
+        Op::TokenConv(d) => {
+            if let Some((dx, add)) = g.get(0) {
+                token_conv::token_conv_backward_data(d, x(1), dy, dx, add, ws);
+            }
+            weights_vjp(&mut g, |dw, _| token_conv::token_conv_backward_weights(d, x(0), dy, dw, ws));
+        }
+        Op::AttentionPool(d) => {
+            let probs = &saved[0][..d.batch * d.heads * d.tokens];
+            let (width, add) = (d.heads * d.head_dim, g.accumulate(1));
+            if let Some((dq, false)) = g.get(0) {
+                dq.fill(0.0);
+            }
+            let len = 2 * d.batch * d.tokens * width;
+            let (mut dq, mut dkv) = (g.take_at_least(0, width), g.take_at_least(1, len));
+            let (to_q, to_kv) = (&mut dq[..width], &mut dkv[..len]);
+            attention_pool::attention_pool_backward(d, x(0), x(1), probs, dy, to_kv, add, to_q, ws);
+            g.put(0, dq);
+            g.put(1, dkv);
+        }
         Op::MatMul { dims: d, alpha } => matmul_vjp(d, *alpha, x(0), x(1), dy, &mut g, ws),
         Op::BatchNorm { dims, act, .. } => {
             let (mean, rstd) = (&saved[0][..dims.c], &saved[1][..dims.c]);
@@ -125,7 +144,7 @@ fn vjp_simple<'a>(
     ws: &mut Workspace,
 ) {
     // Losses have two or three targets and a scalar gradient.
-    if matches!(op, Op::Contrastive(_) | Op::Mse | Op::Cosine { .. } | Op::KlRows { .. }) {
+    if matches!(op, Op::Contrastive(_) | Op::SigmoidLoss(_) | Op::Mse | Op::Cosine { .. } | Op::KlRows { .. }) {
         return loss_vjp(op, x, dy[0], g, ws);
     }
     match op {
@@ -193,7 +212,7 @@ fn vjp_simple<'a>(
     let Some((dx, add)) = g.get(0) else { return };
     match op {
         Op::Activation(a) => activation::activation_backward(*a, x(0), dy, dx, add),
-        Op::Attention(d) => {
+        Op::Attention(d) | Op::MaskedAttention(d) => {
             let probs = d.batch * d.heads * d.tokens * d.tokens;
             attention::attention_backward(d, x(0), &saved[0][..probs], dy, dx, add, ws);
         }
@@ -250,6 +269,18 @@ fn loss_vjp<'a>(op: &Op, x: impl Fn(usize) -> &'a [f32], dl: f32, g: &mut Target
             let mut found = lens.map(|n| vec![0.0; n]);
             let [da, db, ds] = &mut found;
             loss::contrastive_backward(d, x(0), x(1), x(2)[0], x(3), x(4), dl, da, db, &mut ds[0], ws);
+            for (i, grad) in found.iter().enumerate() {
+                if let Some((to, add)) = g.get(i) {
+                    elementwise::copy_or_add(grad, to, add);
+                }
+            }
+        }
+        Op::SigmoidLoss(d) => {
+            let lens = [d.rows * d.dim, d.cols * d.dim, 1, 1];
+            let mut found = lens.map(|n| vec![0.0; n]);
+            let [da, db, ds, dc] = &mut found;
+            let (scale, bias, to) = (x(2)[0], x(3)[0], [&mut ds[0], &mut dc[0]]);
+            sigmoid_loss::sigmoid_loss_backward(d, x(0), x(1), scale, bias, x(4), dl, da, db, to, ws);
             for (i, grad) in found.iter().enumerate() {
                 if let Some((to, add)) = g.get(i) {
                     elementwise::copy_or_add(grad, to, add);
