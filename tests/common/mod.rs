@@ -5,6 +5,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use serde_json::Value;
 use snapbox::cmd::Command;
 use tempfile::TempDir;
 
@@ -184,4 +185,25 @@ pub fn borrowed<T>(samples: &[OwnedSample], then: impl FnOnce(&[Sample<'_>]) -> 
     let list: Vec<Sample<'_>> =
         samples.iter().zip(&members).map(|((key, _), m)| (key.as_str(), m.as_slice())).collect();
     then(&list)
+}
+
+/// Header of a safetensors file and where its tensors start.
+fn safetensors(bytes: &[u8]) -> (Value, usize) {
+    let header = u64::from_le_bytes(bytes[..8].try_into().expect("8 bytes")) as usize;
+    (serde_json::from_slice(&bytes[8..8 + header]).expect("JSON"), 8 + header)
+}
+
+/// Shape and values of an f32 tensor in a safetensors file.
+pub fn tensor(file: &Path, name: &str) -> (Vec<usize>, Vec<f32>) {
+    let bytes = fs::read(file).expect("a file");
+    let (header, start) = safetensors(&bytes);
+    let at = |i: usize| header[name]["data_offsets"][i].as_u64().expect("a tensor") as usize + start;
+    let shape = header[name]["shape"].as_array().expect("a shape").iter().map(|d| d.as_u64().expect("a size") as usize);
+    (shape.collect(), bytes[at(0)..at(1)].as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect())
+}
+
+/// A word of a safetensors file's metadata.
+pub fn metadata(file: &Path, key: &str) -> String {
+    let (header, _) = safetensors(&fs::read(file).expect("a file"));
+    header["__metadata__"][key].as_str().expect("a word").to_owned()
 }

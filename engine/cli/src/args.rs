@@ -38,6 +38,17 @@ pub enum Command {
     /// Takes a run directory (or a file that mcpipe exported), which says whose weights it holds, or any weights with
     /// the name of their backbone.
     Export(ExportArgs),
+    /// Turn images or texts into embeddings.
+    ///
+    /// MODEL is the directory of a run, whose student is taken, or a file that mcpipe exported; with --backbone and
+    /// --weights every argument is an INPUT. An INPUT is an image file, a folder (searched, sorted by name), or a shard
+    /// (.tar); braces name several ({00..07}.tar). Images are resized, cropped and normalised as the model wants them.
+    /// An image that cannot be read ends the command and nothing is written.
+    Embed(EmbedArgs),
+    /// Tell which of some classes images show, by prompts.
+    ///
+    /// MODEL and images are given as for `embed`; the model must have a text tower.
+    Classify(ClassifyArgs),
     /// Print the JSON schema of pipeline files, for editors.
     Schema,
     /// List the components that a pipeline file may name, with their parameters.
@@ -200,6 +211,92 @@ pub struct ExportArgs {
     /// File to write (safetensors).
     #[arg(short, long, value_name = "FILE")]
     pub output: PathBuf,
+}
+
+/// A model that is used.
+#[derive(Debug, Args)]
+pub struct ModelArgs {
+    /// Backbone of the weights, in place of MODEL.
+    #[arg(long, value_name = "NAME", requires = "weights")]
+    pub backbone: Option<String>,
+    /// Weights under timm's or open_clip's names (safetensors or a PyTorch checkpoint).
+    #[arg(long, value_name = "FILE", requires = "backbone")]
+    pub weights: Option<PathBuf>,
+    /// Parameters of the backbone that differ from the published ones, as TOML.
+    #[arg(long, value_name = "TOML", requires = "weights")]
+    pub params: Option<String>,
+    /// Side of the images [default: the published one].
+    #[arg(long, value_name = "PIXELS", requires = "weights", value_parser = clap::value_parser!(u16).range(8..=4096))]
+    pub image_size: Option<u16>,
+    /// Weights of the text tower, as open_clip or `mcpipe export` writes them [default: those of --weights].
+    #[arg(long, value_name = "FILE", requires = "weights")]
+    pub text_weights: Option<PathBuf>,
+    /// Parameters of the text tower that weights don't show, as TOML: `heads = 8`, `act = "quick_gelu"` [default: as
+    /// open_clip_config.json beside the weights says, else a head for 64 channels, and GELU].
+    #[arg(long, value_name = "TOML", requires = "weights")]
+    pub text_params: Option<String>,
+    /// Samples of one forward pass.
+    #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..=8192))]
+    pub batch: u16,
+    /// Threads for computing [default: one for each core].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=4096))]
+    pub threads: Option<u16>,
+}
+
+/// `mcpipe embed`.
+#[derive(Debug, Args)]
+pub struct EmbedArgs {
+    /// Directory of a run or exported file, then image files, folders, shards; or, with --texts, texts.
+    #[arg(value_name = "MODEL|INPUT")]
+    pub paths: Vec<String>,
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// The inputs are texts.
+    #[arg(long)]
+    pub texts: bool,
+    /// Texts from a file, one a line.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["texts", "raw"])]
+    pub texts_from: Option<PathBuf>,
+    /// Images as a tensor (safetensors with one tensor or one called `images`, or npy), float, [n, h, w, 3] or
+    /// [n, 3, h, w], resized and normalised already: what another program's model was given, to compare with.
+    #[arg(long, value_name = "FILE", conflicts_with = "texts")]
+    pub raw: Option<PathBuf>,
+    /// Also keep what lies at a tap of the backbone (`mcpipe plan` lists them); may be given again.
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["texts", "texts_from"])]
+    pub tap: Vec<String>,
+    /// Leave the embeddings as they are instead of dividing each by its L2 norm.
+    #[arg(long)]
+    pub no_normalize: bool,
+    /// File to write: .safetensors (`embedding` [n, d], taps by name; the inputs' names in the metadata, as a JSON
+    /// array) or .npy (the embedding alone; the names in a .npy.txt beside it).
+    #[arg(short, long, value_name = "FILE")]
+    pub output: PathBuf,
+}
+
+/// `mcpipe classify`.
+#[derive(Debug, Args)]
+pub struct ClassifyArgs {
+    /// Directory of a run or exported file, then images.
+    #[arg(value_name = "MODEL|IMAGE", required = true)]
+    pub paths: Vec<String>,
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Names of the classes, commas between them.
+    #[arg(long, value_name = "NAME,..", value_delimiter = ',', required_unless_present = "classes_from")]
+    pub classes: Vec<String>,
+    /// Names of the classes from a file, one a line.
+    #[arg(long, value_name = "FILE", conflicts_with = "classes")]
+    pub classes_from: Option<PathBuf>,
+    /// Prompt with `{c}` for the class; may be given again, a class is then the mean of its prompts [default: "a photo
+    /// of a {c}."].
+    #[arg(long, value_name = "TEXT")]
+    pub template: Vec<String>,
+    /// Classes shown of each image.
+    #[arg(long, value_name = "K", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
+    pub top: u16,
+    /// Form of the output.
+    #[arg(long, value_enum, default_value_t)]
+    pub format: Format,
 }
 
 /// `mcpipe list`.

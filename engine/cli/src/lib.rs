@@ -53,6 +53,8 @@ fn dispatch(cli: &Cli) -> Result<u8, RunError> {
         Command::Check(args) => commands::check::check(args),
         Command::Plan(args) => commands::plan::plan(args),
         Command::Export(args) => commands::export::export(args, cli.quiet),
+        Command::Embed(args) => commands::embed::embed(args, cli.quiet),
+        Command::Classify(args) => commands::classify::classify(args, cli.quiet),
         Command::Graph(args) => commands::graph::graph(args),
         Command::Schema => commands::list::schema(),
         Command::List(args) => commands::list::list(args),

@@ -145,6 +145,38 @@ impl Observer for Progress {
     }
 }
 
+/// A bar that counts samples on a terminal, and nothing elsewhere.
+#[derive(Debug)]
+pub struct Counter(Option<ProgressBar>);
+
+impl Counter {
+    /// For standard error.
+    pub fn new(name: &str, quiet: bool) -> Self {
+        let shown = !quiet && io::stderr().is_terminal();
+        Self(shown.then(|| {
+            let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr_with_hz(10));
+            bar.with_style(style("{prefix:10} {bar:24} {pos}/{len}  {per_sec}  {eta} left"))
+                .with_prefix(name.to_owned())
+        }))
+    }
+
+    /// So many of so many are done.
+    pub fn set(&self, done: usize, all: usize) {
+        if let Some(bar) = &self.0 {
+            bar.set_length(all as u64);
+            bar.set_position(done as u64);
+        }
+    }
+}
+
+impl Drop for Counter {
+    fn drop(&mut self) {
+        if let Some(bar) = &self.0 {
+            bar.finish_and_clear();
+        }
+    }
+}
+
 fn style(template: &str) -> ProgressStyle {
     // The templates are constants of this file.
     ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar())

@@ -77,6 +77,14 @@ pub enum DataError {
         /// What is wrong.
         fault: SampleFault,
     },
+    /// An image file that cannot be used.
+    #[error("image {}: {fault}", path.display())]
+    Image {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        fault: ImageFault,
+    },
     /// More samples were bad than `max_bad_samples` allows.
     #[error("{count} bad samples, {max} allowed; the first: {}", first.join("; "))]
     TooManyBadSamples {
@@ -296,6 +304,7 @@ impl DataError {
             Self::BadNshards { .. } => "data::bad_nshards",
             Self::Shard { fault, .. } => fault.code(),
             Self::Sample { fault, .. } => fault.code(),
+            Self::Image { fault, .. } => fault.code(),
             Self::TooManyBadSamples { .. } => "data::too_many_bad_samples",
             Self::TooFewSamples { .. } => "data::too_few_samples",
             Self::MissingFile { .. } => "data::missing_file",
@@ -316,6 +325,7 @@ impl DataError {
             | Self::MissingFile { path, .. }
             | Self::Line { path, .. }
             | Self::Exists { path, .. }
+            | Self::Image { path, .. }
             | Self::Shard { shard: path, .. } => (path, None),
             Self::Sample { shard, key, .. } => (shard, Some(key)),
             Self::MissingShards { missing, .. } => (missing.first().map_or(Path::new(""), PathBuf::as_path), None),

@@ -433,8 +433,11 @@ fn check_templates(templates: &[String]) -> Result<()> {
     templates.iter().try_for_each(|t| check_template(t)).map_err(DataError::Option)
 }
 
-/// Lines of a UTF-8 file, trimmed, without empty ones at the end.
-fn read_lines(path: &Path, what: &'static str) -> Result<Vec<String>> {
+/// Lines of a UTF-8 file, trimmed, without empty ones at the end. `what` says what the file is for.
+///
+/// # Errors
+/// [`DataError::MissingFile`], [`DataError::Line`] for bytes that are no UTF-8, [`DataError::Read`].
+pub fn read_lines(path: &Path, what: &'static str) -> Result<Vec<String>> {
     let bytes = match fs::read(path) {
         Ok(bytes) => bytes,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {

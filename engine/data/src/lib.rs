@@ -15,6 +15,7 @@ mod error;
 mod eval_set;
 mod files;
 mod from_spec;
+mod images;
 mod loader;
 mod mix;
 mod ordered;
@@ -32,9 +33,10 @@ pub use decode::{DEFAULT_MAX_PIXELS, ImageFormat, RgbImage, decode};
 pub use error::{DataError, ImageFault, Result, SampleFault, ShardFault};
 pub use eval_set::{
     CLASSNAMES, DATASET_TYPE, DatasetType, EvalBatch, EvalOptions, EvalReader, EvalSet, PLACEHOLDER, TEMPLATES,
-    check_template, dataset_type, read_classnames, read_templates,
+    check_template, dataset_type, read_classnames, read_lines, read_templates,
 };
 pub use from_spec::components;
+pub use images::{ImageList, ImageOptions, ImageReader};
 pub use loader::{Batch, LoaderOptions, LoaderStats, OnBadSample, TrainLoader, epoch_order};
 pub use mix::{CutBox, Mix, MixOptions, MixPolicy, MixTargets, model_input};
 pub use rng::Rng;

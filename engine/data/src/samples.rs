@@ -16,7 +16,7 @@ pub const MAX_CAPTION_BYTES: u64 = 64 * 1024;
 const MAX_JSON_BYTES: u64 = 16 << 20;
 const MAX_CLASS_BYTES: u64 = 64;
 /// Largest encoded image, in bytes.
-const MAX_IMAGE_BYTES: u64 = 1 << 30;
+pub(crate) const MAX_IMAGE_BYTES: u64 = 1 << 30;
 
 /// What a member is, by its extension (everything after the first dot of the file name, lower case).
 #[derive(Debug, Clone, PartialEq, Eq)]

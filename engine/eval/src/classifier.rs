@@ -9,7 +9,8 @@ use crate::error::EvalError;
 const LOGIT_SCALE: f32 = 100.0;
 
 /// Divides by the L2 norm, in place; false where the row is zero or not finite.
-pub(crate) fn normalize(row: &mut [f32]) -> bool {
+#[must_use]
+pub fn normalize(row: &mut [f32]) -> bool {
     let norm = row.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt();
     for v in row.iter_mut() {
         *v = (f64::from(*v) / norm) as f32;
@@ -78,6 +79,18 @@ impl Classifier {
     /// # Errors
     /// Embeddings of another dimension; a zero or non-finite one (with its row as name).
     pub fn logits(&self, embeddings: &[f32]) -> Result<Vec<f32>, EvalError> {
+        self.scaled(embeddings, LOGIT_SCALE)
+    }
+
+    /// Cosines `[n, classes]` = f · Wᵀ of image embeddings `[n, D]`, normalised here.
+    ///
+    /// # Errors
+    /// As [`logits`](Self::logits).
+    pub fn cosines(&self, embeddings: &[f32]) -> Result<Vec<f32>, EvalError> {
+        self.scaled(embeddings, 1.0)
+    }
+
+    fn scaled(&self, embeddings: &[f32], scale: f32) -> Result<Vec<f32>, EvalError> {
         if !embeddings.len().is_multiple_of(self.dim) {
             return Err(EvalError::Shape(format!(
                 "image embeddings ({} values) don't have the prompts' dimension {}",
@@ -89,7 +102,7 @@ impl Classifier {
         if let Some(row) = f.chunks_exact_mut(self.dim).position(|row| !normalize(row)) {
             return Err(EvalError::NotFinite(format!("image {row} of the batch")));
         }
-        Ok(products(&f, &self.weights, self.dim, LOGIT_SCALE))
+        Ok(products(&f, &self.weights, self.dim, scale))
     }
 }
 
@@ -117,6 +130,8 @@ mod tests {
         let logits = c.logits(&[10.0, 0.0, 0.0, 0.1]).unwrap();
         let expected = [100.0 * h, -100.0, 100.0 * h, 0.0];
         assert!(logits.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-4), "{logits:?}");
+        let cosines = c.cosines(&[10.0, 0.0, 0.0, 0.1]).unwrap();
+        assert!(cosines.iter().zip([h, -1.0, h, 0.0]).all(|(a, b)| (a - b).abs() < 1e-6), "{cosines:?}");
     }
 
     #[test]

@@ -13,7 +13,7 @@ mod zero_shot;
 
 use mcpipe_spec::{Component, ComponentKind, NoParams, params_schema};
 
-pub use classifier::Classifier;
+pub use classifier::{Classifier, normalize};
 pub use error::{BoxError, EvalError};
 pub use metrics::{Confusion, RANK_DEPTH, softmax, top_k};
 pub use retrieval::{Retrieval, RetrievalMetrics, retrieval};

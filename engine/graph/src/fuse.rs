@@ -1,14 +1,15 @@
 //! Fusion for evaluation: a convolution or linear layer with what follows it, where nobody else reads what lies between.
 //!
 //! Batch norm with running statistics is folded into the weights (Jacob et al. 2018, §3.2); an addition and an activation
-//! behind go into the product's epilogue. Only nodes without a gradient are fused, so a fused node has no VJP.
+//! behind go into the product's epilogue. Only nodes without a gradient are fused, so a fused node has no VJP. What dfdx
+//! is to run stays as it is: it knows no fused product.
 
 use mcpipe_cpu::activation::Activation;
 use mcpipe_cpu::conv::Conv2d;
 use mcpipe_cpu::linear::Linear;
 
 use crate::graph::{Source, StepGraph, ValueId};
-use crate::op::Op;
+use crate::op::{Op, Runner};
 
 /// `act(norm(conv(x, w) + bias) + residual)`. Inputs in this order: x, w, then those that are there of bias; gamma, beta,
 /// running mean, running variance; residual.
@@ -48,7 +49,7 @@ pub(crate) fn fuse(graph: &StepGraph) -> StepGraph {
 fn step(graph: &StepGraph, id: ValueId) -> Option<(ValueId, FusedConv, Vec<ValueId>)> {
     let node = &graph.dag[id];
     let op = node.op()?;
-    if node.requires_grad {
+    if node.requires_grad || node.runner == Runner::Dfdx {
         return None;
     }
     match op {
@@ -95,7 +96,7 @@ fn step(graph: &StepGraph, id: ValueId) -> Option<(ValueId, FusedConv, Vec<Value
 fn product(graph: &StepGraph, id: ValueId) -> Option<(FusedConv, Vec<ValueId>)> {
     let node = &graph.dag[id];
     let output = graph.outputs.iter().any(|(_, t)| t.id == id);
-    if output || node.requires_grad || graph.dag.edges(id).count() != 1 {
+    if output || node.requires_grad || node.runner == Runner::Dfdx || graph.dag.edges(id).count() != 1 {
         return None;
     }
     let plain = |conv, inputs: usize| FusedConv {
@@ -174,6 +175,24 @@ mod tests {
             let gap = a.iter().zip(&b).fold(0f32, |m, (a, b)| m.max((a - b).abs()));
             assert!(gap <= 2e-6 * largest, "{gap} of {largest}");
         }
+        Ok(())
+    }
+
+    #[test]
+    fn what_dfdx_runs_is_not_fused() -> Result<(), Box<dyn std::error::Error>> {
+        let mut g = GraphBuilder::new(false);
+        let x = g.input("x", &[2, 3]);
+        let y = g.on_dfdx(|g| -> Result<Tensor, GraphError> {
+            let y = g.linear(&Path::new("fc"), &x, 4, true, Init::FanInUniform)?;
+            Ok(g.activation(&y, Activation::Gelu))
+        })?;
+        g.output("y", &y);
+        let graph = g.finish();
+        let mut store = ParamStore::default();
+        store.init(&graph, 3)?;
+        let mut e = Executor::new(Arc::new(graph), &store, Mode::Forward, Cpu::new(Kernels::Native))?;
+        e.forward(&store, &[("x", Feed::F32(&[1.0, -2.0, 0.5, 0.0, 3.0, 1.0]))])?;
+        assert!(e.value(&y).iter().all(|v| v.is_finite()));
         Ok(())
     }
 

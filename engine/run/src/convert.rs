@@ -2,10 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
+use mcpipe_models::Checkpoint;
 use mcpipe_models::export::{Conversion, Form, convert, described};
-use mcpipe_models::{Backbone, Checkpoint, backbone};
 
 use crate::error::RunError;
+use crate::model::named_backbone;
 
 /// Where the weights come from.
 #[derive(Clone, Debug)]
@@ -43,11 +44,7 @@ pub fn export(source: &ExportSource, form: Form, reparam: bool, output: &Path) -
             (file, noted.backbone, noted.image_size)
         }
         ExportSource::Weights { file, backbone: name, params, image_size } => {
-            let params: toml::Table =
-                params.parse().map_err(|e| RunError::Usage(format!("--params is no TOML: {e}")))?;
-            let model: Box<dyn Backbone> = backbone(name, &params)?;
-            let size = image_size.unwrap_or(model.preprocess().image_size);
-            model.check_image_size(size)?;
+            let (model, size) = named_backbone(name, params, *image_size)?;
             (Checkpoint::open(file)?, model, size)
         }
     };

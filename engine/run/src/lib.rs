@@ -4,16 +4,21 @@
 //! * [`compile`]: a [`mcpipe_spec::Document`] to a [`Pipeline`]: names resolved, checked, stages linked to a [`Plan`].
 //! * [`describe`], [`drawing`]: what a run would do.
 //! * [`export`]: a run's student, or any weights, in another library's names or folded for inference.
+//! * [`embed`], [`classify`]: a trained model put to use on images and texts.
 //! * [`run`]: runs the stages whose results the [`store`](store::Store) lacks and fills the run directory.
 
 mod assemble;
+mod classify;
 mod components;
 mod convert;
 mod describe;
 pub mod draw;
+mod embed;
 mod error;
 mod hash;
 mod initial;
+mod model;
+mod npy;
 mod pipeline;
 pub mod plan;
 mod progress;
@@ -27,15 +32,19 @@ mod setups;
 mod stages;
 pub mod store;
 mod summary;
+mod text_file;
 
 use std::path::{Path, PathBuf};
 
+pub use classify::{Classes, Classified, Guess, TEMPLATE, classify};
 pub use components::{components, schema_text};
 pub use convert::{ExportSource, export};
 pub use describe::{Description, ModelLine, StageLine, TapLine, TrainingLine, describe, drawing};
+pub use embed::{EmbedOptions, EmbeddingFile, Embeddings, Inputs, Rows, embed};
 pub use error::RunError;
 pub use hash::code_version;
 pub use mcpipe_models::export::Form;
+pub use model::{ModelSource, WeightFile};
 pub use pipeline::{Pipeline, Resolved, compile};
 pub use plan::Plan;
 pub use progress::{Event, Interrupt, Observer, Silent};

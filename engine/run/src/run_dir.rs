@@ -18,7 +18,8 @@ use crate::settings::Settings;
 use crate::store::{link_or_copy, read_json, write_file, write_json};
 
 const LOCK: &str = "lock.json";
-const SPEC: &str = "spec.toml";
+/// The pipeline with every default written out.
+pub const SPEC: &str = "spec.toml";
 const EVAL: &str = "eval.jsonl";
 
 /// A run's directory.

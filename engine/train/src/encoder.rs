@@ -43,6 +43,12 @@ enum Input {
     Captions { tokenize: Tokenize, context_length: usize, last: LastToken },
 }
 
+/// What a tower gives for some samples.
+struct Outputs {
+    embedding: Vec<f32>,
+    taps: Vec<Vec<f32>>,
+}
+
 /// A tower in evaluation mode, run in batches of a fixed size; short batches are filled up with zeros. It holds no
 /// weights: each call names the store, so that one encoder serves the trained and the averaged weights.
 pub struct Encoder {
@@ -50,6 +56,7 @@ pub struct Encoder {
     input: Input,
     batch: usize,
     dim: usize,
+    taps: Vec<String>,
 }
 
 impl fmt::Debug for Encoder {
@@ -59,6 +66,11 @@ impl fmt::Debug for Encoder {
 }
 
 const EMBEDDING: &str = "embedding";
+
+/// Output of the graph that holds a tap.
+fn tap_output(tap: &str) -> String {
+    format!("tap {tap}")
+}
 
 impl Encoder {
     fn graph(
@@ -74,11 +86,15 @@ impl Encoder {
         Ok((g.finish(), embedding_bd.shape().last().copied().unwrap_or(0)))
     }
 
-    fn image_graph(tower: &dyn ImageTower, batch: usize) -> Result<(StepGraph, usize), ModelError> {
+    fn image_graph(tower: &dyn ImageTower, taps: &[String], batch: usize) -> Result<(StepGraph, usize), ModelError> {
         let side = tower.image_size();
         Self::graph(batch, |g| {
             let x_bhwc = g.input("images", &[batch, side, side, 3]);
-            Ok(tower.build(g, &x_bhwc, &[])?.embedding_bd)
+            let encoded = tower.build(g, &x_bhwc, taps)?;
+            for (name, tap) in &encoded.taps {
+                g.output(tap_output(name), &tap.value);
+            }
+            Ok(encoded.embedding_bd)
         })
     }
 
@@ -99,7 +115,7 @@ impl Encoder {
     ) -> Result<Self, TrainError> {
         let (graph, dim) = built;
         let executor = Executor::new(Arc::new(graph), store, Mode::Forward, Cpu::new(kernels))?;
-        Ok(Encoder { executor, input, batch, dim })
+        Ok(Encoder { executor, input, batch, dim, taps: Vec::new() })
     }
 
     /// An image tower over normalised images. `store` must hold its parameters.
@@ -112,9 +128,24 @@ impl Encoder {
         store: &ParamStore,
         kernels: Kernels,
     ) -> Result<Self, TrainError> {
+        Self::tapped(tower, &[], batch, store, kernels)
+    }
+
+    /// As [`images`](Self::images), for [`encode_images_and_taps`](Self::encode_images_and_taps).
+    ///
+    /// # Errors
+    /// As [`images`](Self::images), or a tap that the tower lacks.
+    pub fn tapped(
+        tower: &dyn ImageTower,
+        taps: &[String],
+        batch: usize,
+        store: &ParamStore,
+        kernels: Kernels,
+    ) -> Result<Self, TrainError> {
         let side = tower.image_size();
         let input = Input::Images { values: side * side * 3 };
-        Self::new(Self::image_graph(tower, batch)?, input, batch, store, kernels)
+        let encoder = Self::new(Self::image_graph(tower, taps, batch)?, input, batch, store, kernels)?;
+        Ok(Encoder { taps: taps.to_vec(), ..encoder })
     }
 
     /// A text tower over captions.
@@ -156,7 +187,7 @@ impl Encoder {
     /// # Errors
     /// As [`images`](Self::images).
     pub fn init_images(tower: &dyn ImageTower, store: &mut ParamStore, seed: u64) -> Result<(), TrainError> {
-        Ok(store.init(&Self::image_graph(tower, 1)?.0, seed)?)
+        Ok(store.init(&Self::image_graph(tower, &[], 1)?.0, seed)?)
     }
 
     /// Parameters that a text tower declares, initialised from `seed`, beside those that `store` holds.
@@ -182,24 +213,34 @@ impl Encoder {
         self.executor.plan().bytes()
     }
 
+    /// Room for what `n` samples give.
+    fn outputs(&self, n: usize) -> Outputs {
+        Outputs { embedding: Vec::with_capacity(n * self.dim), taps: vec![Vec::new(); self.taps.len()] }
+    }
+
     fn forward(
         &mut self,
         store: &ParamStore,
         feeds: &[(&str, Feed<'_>)],
         n: usize,
-        out: &mut Vec<f32>,
+        out: &mut Outputs,
     ) -> Result<(), TrainError> {
         self.executor.forward(store, feeds)?;
         let embedding = self.executor.graph().output(EMBEDDING)?.clone();
-        out.extend_from_slice(&self.executor.value(&embedding)[..n * self.dim]);
+        out.embedding.extend_from_slice(&self.executor.value(&embedding)[..n * self.dim]);
+        for (tap, kept) in self.taps.iter().zip(&mut out.taps) {
+            let tap = self.executor.graph().output(&tap_output(tap))?.clone();
+            let values = self.executor.value(&tap);
+            kept.extend_from_slice(&values[..values.len() / self.batch * n]);
+        }
         Ok(())
     }
 
-    fn rows(&mut self, store: &ParamStore, name: &str, width: usize, values: &[f32]) -> Result<Vec<f32>, TrainError> {
+    fn rows(&mut self, store: &ParamStore, name: &str, width: usize, values: &[f32]) -> Result<Outputs, TrainError> {
         if !values.len().is_multiple_of(width.max(1)) {
             return Err(TrainError::Setup(format!("{} values are not whole samples of {width}", values.len())));
         }
-        let mut out = Vec::with_capacity(values.len() / width.max(1) * self.dim);
+        let mut out = self.outputs(values.len() / width.max(1));
         let mut padded = Vec::new();
         for part in values.chunks(self.batch * width) {
             let n = part.len() / width;
@@ -221,8 +262,24 @@ impl Encoder {
     /// # Errors
     /// Another kind of encoder, values that are no whole images, or a node that fails.
     pub fn encode_images(&mut self, store: &ParamStore, images: &[f32]) -> Result<Vec<f32>, TrainError> {
+        Ok(self.encode_images_and_taps(store, images)?.0)
+    }
+
+    /// As [`encode_images`](Self::encode_images), and each tap's values in the order asked, of
+    /// [`TapShape::shape`](mcpipe_models::TapShape::shape) for n images.
+    ///
+    /// # Errors
+    /// As [`encode_images`](Self::encode_images).
+    pub fn encode_images_and_taps(
+        &mut self,
+        store: &ParamStore,
+        images: &[f32],
+    ) -> Result<(Vec<f32>, Vec<Vec<f32>>), TrainError> {
         match self.input {
-            Input::Images { values } => self.rows(store, "images", values, images),
+            Input::Images { values } => {
+                let out = self.rows(store, "images", values, images)?;
+                Ok((out.embedding, out.taps))
+            }
             _ => Err(TrainError::Setup("this encoder takes no images".into())),
         }
     }
@@ -233,7 +290,7 @@ impl Encoder {
     /// As [`encode_images`](Self::encode_images).
     pub fn encode_embeddings(&mut self, store: &ParamStore, embeddings: &[f32]) -> Result<Vec<f32>, TrainError> {
         match self.input {
-            Input::Embeddings { dim } => self.rows(store, "embeddings", dim, embeddings),
+            Input::Embeddings { dim } => Ok(self.rows(store, "embeddings", dim, embeddings)?.embedding),
             _ => Err(TrainError::Setup("this encoder takes no embeddings".into())),
         }
     }
@@ -247,14 +304,14 @@ impl Encoder {
             return Err(TrainError::Setup("this encoder takes no captions".into()));
         };
         let (tokenize, context_length, last) = (Arc::clone(tokenize), *context_length, *last);
-        let mut out = Vec::with_capacity(captions.len() * self.dim);
+        let mut out = self.outputs(captions.len());
         for part in captions.chunks(self.batch) {
             let (mut ids, mut eot) = tokens(&tokenize, context_length, last, part)?;
             ids.resize(self.batch * context_length, 0);
             eot.resize(self.batch, 0);
             self.forward(store, &[("ids", Feed::I32(&ids)), ("eot", Feed::I32(&eot))], part.len(), &mut out)?;
         }
-        Ok(out)
+        Ok(out.embedding)
     }
 }
 

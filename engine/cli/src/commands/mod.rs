@@ -1,7 +1,9 @@
 //! One file for each command.
 
 pub mod check;
+pub mod classify;
 pub mod data;
+pub mod embed;
 pub mod export;
 pub mod graph;
 pub mod list;
@@ -10,10 +12,10 @@ pub mod run;
 pub mod weights;
 
 use mcpipe_graph::Kernels;
-use mcpipe_run::{Pipeline, RunError, Settings, compile};
+use mcpipe_run::{EmbedOptions, ModelSource, Pipeline, RunError, Settings, WeightFile, compile};
 use mcpipe_spec::{Document, Style};
 
-use crate::args::{FileArgs, KernelsArg, MachineArgs};
+use crate::args::{FileArgs, KernelsArg, MachineArgs, ModelArgs};
 use crate::output::eprint;
 
 /// Reads and checks a pipeline file.
@@ -49,4 +51,31 @@ pub fn open(file: &FileArgs, machine: &MachineArgs) -> Result<(Pipeline, Setting
         eprint(&warnings.render(Style::for_stderr()));
     }
     Ok((pipeline, settings))
+}
+
+/// The model that arguments name, and what follows it among `paths`.
+pub fn model<'a>(args: &ModelArgs, paths: &'a [String]) -> Result<(ModelSource, &'a [String]), RunError> {
+    if let (Some(backbone), Some(file)) = (&args.backbone, &args.weights) {
+        let weights = WeightFile {
+            file: file.clone(),
+            backbone: backbone.clone(),
+            params: args.params.clone().unwrap_or_default(),
+            image_size: args.image_size.map(usize::from),
+            text: args.text_weights.clone(),
+            text_params: args.text_params.clone().unwrap_or_default(),
+        };
+        return Ok((ModelSource::Weights(weights), paths));
+    }
+    match paths {
+        [model, inputs @ ..] => Ok((ModelSource::Described(model.into()), inputs)),
+        [] => Err(RunError::Usage("give a run directory or an exported file, or --backbone and --weights".into())),
+    }
+}
+
+/// Starts the threads that a model is run by, and how it is run.
+pub fn model_options(args: &ModelArgs) -> Result<EmbedOptions, RunError> {
+    let mut settings = Settings::default();
+    settings.threads = args.threads.map_or(settings.threads, usize::from);
+    settings.install_threads()?;
+    Ok(EmbedOptions { batch: usize::from(args.batch), workers: settings.threads.min(8), ..EmbedOptions::default() })
 }

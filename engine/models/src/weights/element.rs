@@ -79,7 +79,7 @@ impl Element {
     }
 
     /// Values of `bytes` widened or rounded to `f32`; none for integers.
-    pub(super) fn decode(self, bytes: &[u8]) -> Option<Vec<f32>> {
+    pub fn decode(self, bytes: &[u8]) -> Option<Vec<f32>> {
         Some(match self {
             Element::F32 => each(bytes, f32::from_le_bytes),
             Element::F64 => each(bytes, |b| f64::from_le_bytes(b) as f32),

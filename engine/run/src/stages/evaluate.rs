@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use mcpipe_data::{DatasetType, EvalOptions, EvalSet, EvalTransform};
+use mcpipe_data::{DatasetType, EvalOptions, EvalSet, EvalTransform, Normalize};
 use mcpipe_eval::{Classifier, RETRIEVAL, ZERO_SHOT, ZeroShot, ZeroShotOptions, retrieval, zero_shot};
 use mcpipe_graph::ParamStore;
 use mcpipe_spec::{Evaluation, NoParams, TeacherKind};
@@ -16,9 +16,10 @@ use serde_json::{Value, json};
 
 use super::train_student::{roles, stage_of, student_name};
 use super::{StageDef, make_data};
-use crate::assemble::{View, WEIGHTS, image_graph, read_own, text_graph};
+use crate::assemble::{WEIGHTS, image_graph, read_own, text_graph};
 use crate::draw::png_data_uri;
 use crate::error::RunError;
+use crate::model::evaluation_view;
 use crate::pipeline::Resolved;
 use crate::plan::{Context, Need, Port, Stage, StageId};
 use crate::progress::{Event, Interrupt};
@@ -110,8 +111,8 @@ struct Model {
     text: CaptionEncoder,
     /// The map behind the frozen text encoder, where the student has one.
     head: Option<Encoder>,
-    view: View,
-    crop_pct: f64,
+    transform: EvalTransform,
+    normalize: Normalize,
 }
 
 impl Model {
@@ -123,18 +124,16 @@ impl Model {
         store: &ParamStore,
         settings: &Settings,
     ) -> Result<Self, RunError> {
-        let preprocess = tower.backbone.preprocess();
         let head = head
             .map(|head| Encoder::embeddings(head.as_ref(), text.dim(), batch, store, settings.kernels))
             .transpose()?;
-        // The published crop belongs to the published size; at another size nothing is cut away.
-        let crop_pct = if tower.image_size == preprocess.image_size { f64::from(preprocess.crop_pct) } else { 1.0 };
+        let (transform, normalize) = evaluation_view(tower);
         Ok(Self {
             image: Encoder::images(tower as &dyn ImageTower, batch, store, settings.kernels)?,
             text,
             head,
-            view: View::new(tower.image_size, &preprocess),
-            crop_pct,
+            transform,
+            normalize,
         })
     }
 
@@ -150,11 +149,10 @@ impl Model {
         tell: &dyn Fn(usize, usize),
     ) -> Result<Found, RunError> {
         let set = EvalSet::open(root, &data.split, data.templates.as_deref())?;
-        let transform = EvalTransform { size: self.view.size, crop_pct: self.crop_pct };
-        let options = EvalOptions { batch_size: data.batch_size, workers, ..EvalOptions::new(vec![transform]) };
+        let options = EvalOptions { batch_size: data.batch_size, workers, ..EvalOptions::new(vec![self.transform]) };
         let reader = set.read(&options)?;
         let total = set.samples.len();
-        let Self { image, text, head, view, .. } = self;
+        let Self { image, text, head, normalize, .. } = self;
         let mut done = 0;
         let mut encode_images = |pixels: &[f32], n: usize| -> Result<Vec<f32>, BoxError> {
             interrupt.check()?;
@@ -178,7 +176,7 @@ impl Model {
             },
         };
         if evaluation.kind == RETRIEVAL {
-            let found = retrieval(reader, 0, &view.normalize, &mut encode_images, &mut encode_texts).map_err(failed)?;
+            let found = retrieval(reader, 0, normalize, &mut encode_images, &mut encode_texts).map_err(failed)?;
             let metrics: BTreeMap<String, f64> = found.metrics().into_iter().map(|(k, v)| (k.to_owned(), v)).collect();
             let (metric, value) = found.metrics().first().map_or(("image_retrieval_recall@1", 0.0), |&m| m);
             let headline = Headline {
@@ -199,7 +197,7 @@ impl Model {
             )));
         }
         let classifier = Classifier::of(&set, &mut encode_texts).map_err(failed)?;
-        let options = ZeroShotOptions { keep_samples: GALLERY, ..ZeroShotOptions::new(view.normalize) };
+        let options = ZeroShotOptions { keep_samples: GALLERY, ..ZeroShotOptions::new(*normalize) };
         let found = zero_shot(&classifier, reader, total, &options, &mut encode_images).map_err(failed)?;
         let headline = Headline {
             metric: "acc1".into(),
