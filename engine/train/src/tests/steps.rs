@@ -38,6 +38,20 @@ fn the_dfdx_formulations_give_the_same_losses() {
     }
 }
 
+/// bf16 rounds what the products read, and nothing else: losses move a little, and no more.
+#[test]
+fn bf16_training_is_f32_training_but_for_rounding() {
+    let run_with = |precision| {
+        let training = mcpipe_spec::Training { precision, ..training(6, 4, 1) };
+        run(everything(true, training)).1
+    };
+    let (whole, rounded) = (run_with(mcpipe_spec::Precision::F32), run_with(mcpipe_spec::Precision::Bf16));
+    assert!(whole.steps.iter().zip(&rounded.steps).any(|(a, b)| a.loss != b.loss), "nothing was rounded");
+    for (a, b) in whole.steps.iter().zip(&rounded.steps) {
+        assert!((a.loss - b.loss).abs() < 0.03 * a.loss, "step {}: {} {}", a.step, a.loss, b.loss);
+    }
+}
+
 #[test]
 fn two_runs_are_the_same_run() {
     let bits = || {
