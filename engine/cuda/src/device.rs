@@ -1,0 +1,191 @@
+//! A device as the ops use it: memory, scratch, launches and library products.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+
+use mcpipe_cpu::conv::Conv2d;
+
+use crate::driver::{ConvPass, Driver, Product};
+use crate::error::CudaError;
+use crate::launch::{Arguments, Kernel, Shape};
+use crate::view::{Address, Element, View};
+
+/// Memory of a device, given back when dropped.
+#[derive(Debug)]
+pub struct Memory {
+    driver: Rc<dyn Driver>,
+    address: Address,
+    bytes: usize,
+}
+
+impl Memory {
+    /// Its first elements.
+    pub fn view(&self, len: usize, element: Element) -> View {
+        debug_assert!(len * element.bytes() <= self.bytes, "{len} elements in {} bytes", self.bytes);
+        View::new(self.address, len, element)
+    }
+
+    /// Bytes.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        self.driver.free(self.address);
+    }
+}
+
+/// A device with its stream. Cheap to clone; clones are the same device.
+#[derive(Clone, Debug)]
+pub struct Device {
+    driver: Rc<dyn Driver>,
+    scratch: Rc<RefCell<Vec<Memory>>>,
+    taken: Rc<Cell<usize>>,
+}
+
+impl Device {
+    pub(crate) fn from_driver(driver: Rc<dyn Driver>) -> Self {
+        Device { driver, scratch: Rc::default(), taken: Rc::default() }
+    }
+
+    /// What it is, for messages.
+    pub fn name(&self) -> String {
+        self.driver.name()
+    }
+
+    /// Multiprocessors.
+    pub fn processors(&self) -> usize {
+        self.driver.processors()
+    }
+
+    /// Compute capability as 10·major + minor.
+    pub fn capability(&self) -> u32 {
+        self.driver.capability()
+    }
+
+    /// Free and total bytes.
+    pub fn memory(&self) -> (usize, usize) {
+        self.driver.memory()
+    }
+
+    /// Memory of `bytes` (at least one), 256-byte aligned, holding anything.
+    ///
+    /// # Errors
+    /// [`CudaError::OutOfMemory`].
+    pub fn alloc(&self, bytes: usize) -> Result<Memory, CudaError> {
+        let bytes = bytes.max(1).next_multiple_of(256);
+        Ok(Memory { driver: Rc::clone(&self.driver), address: self.driver.alloc(bytes)?, bytes })
+    }
+
+    /// Memory for one op's run, holding anything. Each call within an op gives other memory; the op's end gives all of
+    /// it back ([`release_scratch`](Self::release_scratch)), and the next op gets the same again.
+    ///
+    /// # Errors
+    /// [`CudaError::OutOfMemory`].
+    pub fn scratch(&self, len: usize, element: Element) -> Result<View, CudaError> {
+        let bytes = len * element.bytes();
+        let mut held = self.scratch.borrow_mut();
+        let i = self.taken.get();
+        if i == held.len() {
+            held.push(self.alloc(bytes)?);
+        } else if held[i].bytes() < bytes {
+            // Work that still reads the old memory was asked for before: free waits for it.
+            held[i] = self.alloc(bytes)?;
+        }
+        self.taken.set(i + 1);
+        Ok(held[i].view(len, element))
+    }
+
+    /// Ends an op's use of its scratch memory.
+    pub fn release_scratch(&self) {
+        self.taken.set(0);
+    }
+
+    /// Host to device: `to` must have room for `from`.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    pub fn upload<T: Copy>(&self, from: &[T], to: View) -> Result<(), CudaError> {
+        assert!(size_of_val(from) <= to.bytes(), "{} bytes into {}", size_of_val(from), to.bytes());
+        // SAFETY: any plain data may be read as bytes.
+        let bytes = unsafe { std::slice::from_raw_parts(from.as_ptr().cast::<u8>(), size_of_val(from)) };
+        self.driver.upload(bytes, to.address)
+    }
+
+    /// The values of a view of floats, as f32, after all that was asked for before.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    pub fn download(&self, from: View) -> Result<Vec<f32>, CudaError> {
+        let mut bytes = vec![0u8; from.bytes()];
+        self.driver.download(from.address, &mut bytes)?;
+        Ok(match from.element {
+            Element::Bf16 => {
+                let widen = |b: &[u8]| f32::from_bits(u32::from(u16::from_le_bytes([b[0], b[1]])) << 16);
+                bytes.chunks_exact(2).map(widen).collect()
+            }
+            Element::F32 => bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
+            Element::I32 => {
+                bytes.chunks_exact(4).map(|b| i32::from_le_bytes([b[0], b[1], b[2], b[3]]) as f32).collect()
+            }
+            Element::U8 => bytes.iter().map(|b| f32::from(*b)).collect(),
+        })
+    }
+
+    /// Device to device, as bytes: both views have one size.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    pub fn copy(&self, from: View, to: View) -> Result<(), CudaError> {
+        assert_eq!(from.bytes(), to.bytes(), "a copy is between views of one size");
+        self.driver.copy(from.address, to.address, from.bytes())
+    }
+
+    /// Sets every byte of `to`.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    pub fn fill(&self, to: View, byte: u8) -> Result<(), CudaError> {
+        self.driver.fill(to.address, byte, to.bytes())
+    }
+
+    pub(crate) fn launch(&self, kernel: Kernel, shape: Shape, arguments: Arguments) -> Result<(), CudaError> {
+        if shape.grid.contains(&0) {
+            return Ok(());
+        }
+        self.driver.launch(kernel, shape, arguments)
+    }
+
+    pub(crate) fn product(
+        &self,
+        p: &Product,
+        a: View,
+        b: View,
+        d: View,
+        bias: Option<View>,
+    ) -> Result<(), CudaError> {
+        self.driver.product(p, a, b, d, bias)
+    }
+
+    pub(crate) fn convolution(
+        &self,
+        pass: ConvPass,
+        d: &Conv2d,
+        x: View,
+        w: View,
+        y: View,
+        tf32: bool,
+    ) -> Result<(), CudaError> {
+        self.driver.convolution(pass, d, x, w, y, tf32)
+    }
+
+    /// Waits for everything asked for.
+    ///
+    /// # Errors
+    /// A kernel that failed.
+    pub fn synchronize(&self) -> Result<(), CudaError> {
+        self.driver.synchronize()
+    }
+}

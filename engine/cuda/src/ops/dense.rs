@@ -1,0 +1,15 @@
+//! Dense products and convolutions: cuBLASLt and cuDNN, with `kernels/dense.cu` around them.
+
+use mcpipe_graph::Op;
+
+use crate::device::Device;
+use crate::error::CudaError;
+use crate::view::{Forward, Vjp};
+
+pub(crate) fn forward(_: &Device, op: &Op, _: Forward<'_>) -> Result<(), CudaError> {
+    Err(super::unsupported(op))
+}
+
+pub(crate) fn vjp(_: &Device, op: &Op, _: Vjp<'_>) -> Result<(), CudaError> {
+    Err(super::unsupported(op))
+}

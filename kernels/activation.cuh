@@ -1,0 +1,66 @@
+// Activations and their derivatives, numbered in the order of engine/cpu's `Activation::ALL`; formulas as there.
+#pragma once
+#include "common.cuh"
+
+enum Act : int { IDENTITY, RELU, RELU6, SILU, GELU, GELU_TANH, QUICK_GELU, HARD_SWISH, HARD_SIGMOID, SIGMOID, TANH };
+
+// 1/(1 + e^-x); finite for every x.
+__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + __expf(-x)); }
+
+// relu(NaN) is NaN, unlike fmaxf.
+__device__ __forceinline__ float clamp_nan(float x, float lo, float hi) { return x < lo ? lo : (x > hi ? hi : x); }
+
+__device__ __forceinline__ float act_value(int act, float x) {
+  switch (act) {
+    case RELU: return x < 0.0f ? 0.0f : x;
+    case RELU6: return clamp_nan(x, 0.0f, 6.0f);
+    case SILU: return x * sigmoid(x);
+    case GELU: return 0.5f * x * (1.0f + erff(x * 0.70710678f));
+    case GELU_TANH: {
+      float u = 0.79788456f * (x + 0.044715f * x * x * x);
+      return x * sigmoid(2.0f * u);
+    }
+    case QUICK_GELU: return x * sigmoid(1.702f * x);
+    case HARD_SWISH: return x * clamp_nan(x + 3.0f, 0.0f, 6.0f) * (1.0f / 6.0f);
+    case HARD_SIGMOID: return clamp_nan(x + 3.0f, 0.0f, 6.0f) * (1.0f / 6.0f);
+    case SIGMOID: return sigmoid(x);
+    case TANH: return tanhf(x);
+    default: return x;
+  }
+}
+
+// d act(x) / dx.
+__device__ __forceinline__ float act_slope(int act, float x) {
+  switch (act) {
+    case RELU: return x > 0.0f ? 1.0f : (x != x ? x : 0.0f);
+    case RELU6: return x != x ? x : (x > 0.0f && x < 6.0f ? 1.0f : 0.0f);
+    case SILU: {
+      float s = sigmoid(x);
+      return s * (1.0f + x * (1.0f - s));
+    }
+    case GELU: {
+      float density = 0.39894228f * __expf(-0.5f * x * x);
+      return 0.5f * (1.0f + erff(x * 0.70710678f)) + x * density;
+    }
+    case GELU_TANH: {
+      float u = 0.79788456f * (x + 0.044715f * x * x * x);
+      float s = sigmoid(2.0f * u);
+      return s + x * s * (1.0f - s) * 2.0f * 0.79788456f * (1.0f + 0.134145f * x * x);
+    }
+    case QUICK_GELU: {
+      float s = sigmoid(1.702f * x);
+      return s * (1.0f + 1.702f * x * (1.0f - s));
+    }
+    case HARD_SWISH: return x != x ? x : (x <= -3.0f ? 0.0f : (x >= 3.0f ? 1.0f : x * (1.0f / 3.0f) + 0.5f));
+    case HARD_SIGMOID: return x != x ? x : (x > -3.0f && x < 3.0f ? 1.0f / 6.0f : 0.0f);
+    case SIGMOID: {
+      float s = sigmoid(x);
+      return s * (1.0f - s);
+    }
+    case TANH: {
+      float t = tanhf(x);
+      return 1.0f - t * t;
+    }
+    default: return 1.0f;
+  }
+}
