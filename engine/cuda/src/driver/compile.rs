@@ -61,21 +61,30 @@ pub(crate) fn nvrtc_version() -> String {
     format!("{major}.{minor}")
 }
 
-fn cache_file(file: &str, arch: &str, source: &str) -> Option<PathBuf> {
-    let folder = match std::env::var_os("MCPIPE_CACHE_DIR") {
-        Some(folder) => PathBuf::from(folder),
-        None => match std::env::var_os("XDG_CACHE_HOME") {
-            Some(folder) => PathBuf::from(folder).join("mcpipe"),
-            None => PathBuf::from(std::env::var_os("HOME")?).join(".cache/mcpipe"),
-        },
+/// Names of the kernel files, without their ending.
+pub(crate) fn files() -> Vec<&'static str> {
+    FILES.iter().filter_map(|(name, _)| name.strip_suffix(".cu")).collect()
+}
+
+/// Where compiled kernels are kept: below `MCPIPE_CACHE_DIR`, else the user's cache folder; none without a home.
+pub(crate) fn cache_folder() -> Option<PathBuf> {
+    let folder = match (std::env::var_os("MCPIPE_CACHE_DIR"), std::env::var_os("XDG_CACHE_HOME")) {
+        (Some(folder), _) => PathBuf::from(folder),
+        (None, Some(folder)) => PathBuf::from(folder).join("mcpipe"),
+        (None, None) => PathBuf::from(std::env::var_os("HOME")?).join(".cache/mcpipe"),
     };
+    Some(folder.join("kernels"))
+}
+
+fn cache_file(file: &str, arch: &str, source: &str) -> Option<PathBuf> {
+    let folder = cache_folder()?;
     let mut hash = blake3::Hasher::new();
     for (name, text) in HEADERS.iter().chain([&(file, source)]) {
         hash.update(name.as_bytes()).update(&(text.len() as u64).to_le_bytes()).update(text.as_bytes());
     }
     hash.update(format!("{arch} {OPTIONS:?} {:?}", version()).as_bytes());
     let hash = hash.finalize().to_hex();
-    Some(folder.join("kernels").join(format!("{file}-{arch}-{}.cubin", &hash[..16])))
+    Some(folder.join(format!("{file}-{arch}-{}.cubin", &hash[..16])))
 }
 
 fn keep(path: &std::path::Path, code: &[u8]) -> std::io::Result<()> {
