@@ -62,6 +62,15 @@ impl Device {
         Ok(Device::from_driver(Rc::new(Gpu::open(index)?)))
     }
 
+    /// The CPU, on the library of kernels that `MCPIPE_SHIM` names (`tests/kernels/run` builds it). For tests.
+    ///
+    /// # Errors
+    /// [`CudaError::Unavailable`]: no such library.
+    #[cfg(feature = "shim")]
+    pub fn shim() -> Result<Self, CudaError> {
+        Ok(Device::from_driver(Rc::new(crate::driver::shim::Shim::from_env()?)))
+    }
+
     /// What it is, for messages.
     pub fn name(&self) -> String {
         self.driver.name()
@@ -107,7 +116,11 @@ impl Device {
             held[i] = self.alloc(bytes)?;
         }
         self.taken.set(i + 1);
-        Ok(held[i].view(len, element))
+        let view = held[i].view(len, element);
+        // In tests, NaN instead of what the last op left there.
+        #[cfg(feature = "shim")]
+        self.fill(view, 0xff)?;
+        Ok(view)
     }
 
     /// Whether products may round f32 operands to tf32.
