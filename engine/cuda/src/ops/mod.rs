@@ -1,6 +1,7 @@
 //! Ops by family: each chooses kernels and their launch shapes.
 
 pub(crate) mod attention;
+pub(crate) mod columns;
 pub(crate) mod dense;
 pub(crate) mod depthwise;
 pub(crate) mod elementwise;
