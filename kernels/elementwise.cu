@@ -158,9 +158,15 @@ __device__ __forceinline__ void scale_channels_rows(const View& x, const View& d
 }
 
 // dx (+)= dy·s and the partial sums of ds = Σ_rows dy·x; see columns.cuh
-extern "C" __global__ void __launch_bounds__(256, 3)
+extern "C" __global__ void __launch_bounds__(256)
     scale_channels_vjp(View x, View dy, View s, View dx, Columns d, int accumulate) {
   __shared__ float room[256 * 8];
   if (d.wide) scale_channels_rows<8>(x, dy, s, dx, d, accumulate, room);
   else scale_channels_rows<1>(x, dy, s, dx, d, accumulate, room);
+}
+
+// to (+)= from, of views that may start anywhere
+extern "C" __global__ void __launch_bounds__(256) copy_unaligned(View from, View to, i64 n, int accumulate) {
+  i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < n) give(to, i, load(from, i), accumulate);
 }

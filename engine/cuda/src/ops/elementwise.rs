@@ -137,3 +137,13 @@ pub(crate) fn vjp(dev: &Device, op: &Op, io: Vjp<'_>) -> Result<(), CudaError> {
         _ => Err(super::unsupported(op)),
     }
 }
+
+/// Elements from one view to another of the same length, converted between types; added where `add` says so. The views
+/// may start at any element.
+pub(crate) fn copy(dev: &Device, from: View, to: View, add: bool) -> Result<(), CudaError> {
+    if from.address.is_multiple_of(16) && to.address.is_multiple_of(16) {
+        return scale(dev, from, 1.0, Grad { view: to, accumulate: add });
+    }
+    let n = from.len;
+    launch!(dev, "elementwise", "copy_unaligned", Shape::items(n), from, to, n as i64, i32::from(add))
+}

@@ -5,6 +5,7 @@ pub(crate) mod columns;
 pub(crate) mod dense;
 pub(crate) mod depthwise;
 pub(crate) mod elementwise;
+pub(crate) mod embedding;
 pub(crate) mod layout;
 pub(crate) mod loss;
 pub(crate) mod norm;
@@ -52,9 +53,7 @@ fn family<'a>(op: &Op) -> (Run<Forward<'a>>, Run<Vjp<'a>>) {
         | Op::PrependToken { .. }
         | Op::SliceRows { .. }
         | Op::Permute { .. } => (layout::forward, layout::vjp),
-        Op::GlobalAvgPool { .. } | Op::AvgPool(_) | Op::MaxPool(_) | Op::Resize(_) => {
-            (pooling::forward, pooling::vjp)
-        }
+        Op::GlobalAvgPool { .. } | Op::AvgPool(_) | Op::MaxPool(_) | Op::Resize(_) => (pooling::forward, pooling::vjp),
         Op::L2Normalize { .. }
         | Op::Softmax { .. }
         | Op::Contrastive(_)
