@@ -163,8 +163,9 @@ impl Backend for Cuda {
         Ok(bytes.iter().map(slice).collect())
     }
 
-    fn begin(&mut self, _: &StepGraph) -> Result<(), BackendError> {
-        let ran = ops::dense::refresh_weights(&self.device);
+    fn begin(&mut self, graph: &StepGraph) -> Result<(), BackendError> {
+        let folded = graph.nodes().any(|(_, n)| matches!(n.op(), Some(Op::FusedConv(f)) if f.norm.is_some()));
+        let ran = ops::dense::refresh_weights(&self.device, folded);
         self.end("weights", "", ran)
     }
 
