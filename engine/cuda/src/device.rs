@@ -217,4 +217,37 @@ impl Device {
     pub fn time(&self, mut work: impl FnMut() -> Result<(), CudaError>) -> Result<f64, CudaError> {
         self.driver.time(&mut work)
     }
+
+    /// Records what `work` asks for as a CUDA graph instead of doing it; none where the device can't record (then nothing
+    /// was done). Within `work` nothing may be allocated, uploaded or downloaded: run it once before.
+    ///
+    /// # Errors
+    /// What `work` gives, or a call that can't be recorded.
+    pub fn record(&self, work: impl FnOnce() -> Result<(), CudaError>) -> Result<Option<Recording>, CudaError> {
+        if !self.driver.begin_capture()? {
+            return Ok(None);
+        }
+        let ran = work();
+        // Also after a failure: the stream must leave the recording.
+        let id = self.driver.end_capture();
+        ran?;
+        Ok(Some(Recording { driver: Rc::clone(&self.driver), id: id? }))
+    }
+}
+
+/// Recorded work, to be done again and again on the same memory.
+#[derive(Clone, Debug)]
+pub struct Recording {
+    driver: Rc<dyn Driver>,
+    id: usize,
+}
+
+impl Recording {
+    /// Does it.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    pub fn replay(&self) -> Result<(), CudaError> {
+        self.driver.replay(self.id)
+    }
 }

@@ -10,6 +10,7 @@
 
 mod backend;
 mod device;
+pub mod doctor;
 mod driver;
 mod error;
 mod launch;
@@ -19,7 +20,7 @@ mod store;
 mod view;
 
 pub use backend::{Buffer, Cuda, Precision};
-pub use device::{Device, Memory};
+pub use device::{Device, Memory, Recording};
 pub use driver::gpu::{GpuInfo, gpus};
 pub use error::CudaError;
 pub use library::{Library, Place};
