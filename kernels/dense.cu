@@ -1,5 +1,5 @@
 // Around dense products and convolutions: weights in the layout and type that a product takes, windows of images as rows of
-// a matrix, column sums, and what follows a fused product.
+// a matrix, and what follows a fused product.
 //
 // Batch norm with running statistics folded into a convolution (Jacob et al. 2018, eq. 14), per output channel o:
 //   s = γ_o / √(var_o + ε),   w'_o = w_o · s,   bias'_o = (bias_o − mean_o) · s + β_o
@@ -163,57 +163,6 @@ extern "C" __global__ void __launch_bounds__(256)
     windows_sum<1>(columns, row, iy, ix, ch, sum, h, w, c, kh, kw, stride, pad, oh, ow, ld);
     give(dx, i, sum[0], accumulate);
   }
-}
-
-// Sums of N columns each by a column of threads: `lanes` of these side by side, as many rows at a time as fit the block.
-template <int N> __device__ __forceinline__ void sum_columns(const View& x, const View& to, i64 rows, int c, int lanes,
-                                                             i64 chunk, int accumulate) {
-  __shared__ float room[N][256];
-  int groups = 256 / lanes, r = threadIdx.x / lanes, lane = threadIdx.x - r * lanes;
-  i64 column = ((i64)blockIdx.x * lanes + lane) * N;
-  bool works = r < groups && column < c;
-  float sum[N];
-#pragma unroll
-  for (int k = 0; k < N; k++) sum[k] = 0.0f;
-  if (works) {
-    i64 row = blockIdx.y * chunk + r, end = min((i64)(blockIdx.y + 1) * chunk, rows);
-#pragma unroll 4
-    for (; row < end; row += groups) {
-      if constexpr (N == 8) {
-        float v[8];
-        load8(x, row * c + column, v);
-#pragma unroll
-        for (int k = 0; k < 8; k++) sum[k] += v[k];
-      } else {
-        sum[0] += load(x, row * c + column);
-      }
-    }
-  }
-#pragma unroll
-  for (int k = 0; k < N; k++) room[k][threadIdx.x] = sum[k];
-  int half = 1;
-  while (2 * half < groups) half *= 2;
-  for (; half > 0; half /= 2) {
-    __syncthreads();
-    if (r < half && r + half < groups) {
-#pragma unroll
-      for (int k = 0; k < N; k++) room[k][threadIdx.x] += room[k][threadIdx.x + half * lanes];
-    }
-  }
-  if (works && r == 0) {
-    i64 at = blockIdx.y * (i64)c + column;
-#pragma unroll
-    for (int k = 0; k < N; k++) sum[k] = room[k][threadIdx.x];
-    if constexpr (N == 8) give8_partial(to, at, at + 8, sum, accumulate);
-    else give(to, at, sum[0], accumulate);
-  }
-}
-
-// to[j, i] (+)= Σ of column i of x [rows, c] over the j-th `chunk` rows; eight columns a thread where 8 divides c.
-extern "C" __global__ void __launch_bounds__(256)
-    dense_column_sums(View x, View to, i64 rows, int c, int lanes, i64 chunk, int accumulate) {
-  if (c % 8 == 0) sum_columns<8>(x, to, rows, c, lanes, chunk, accumulate);
-  else sum_columns<1>(x, to, rows, c, lanes, chunk, accumulate);
 }
 
 // y [n/c, c] = act(x + bias [c] + residual); bias and residual where they are there. y may be x.

@@ -15,6 +15,7 @@ use crate::device::Device;
 use crate::driver::Product;
 use crate::error::CudaError;
 use crate::launch::{Shape, launch};
+use crate::ops::columns::Sum;
 use crate::ops::elementwise;
 use crate::view::{Element, Forward, Grad, View, Vjp};
 use conv::Then;
@@ -141,33 +142,12 @@ fn layer_vjp(
 /// The gradient of argument 2, where there is one.
 fn bias_vjp(dev: &Device, io: &Vjp<'_>) -> Result<(), CudaError> {
     match io.grads.get(2) {
-        Some(Some(dbias)) => column_sums(dev, io.dout, dbias.view.len, *dbias),
+        Some(Some(dbias)) => {
+            let c = dbias.view.len;
+            Sum::new(1, io.dout.len / c.max(1), c).of(dev, io.dout, *dbias)
+        }
         _ => Ok(()),
     }
-}
-
-/// to (+)= the sums of the columns of x `[rows, c]`.
-fn column_sums(dev: &Device, x: View, c: usize, to: Grad) -> Result<(), CudaError> {
-    let rows = x.len / c.max(1);
-    // Columns of a thread, threads side by side, blocks side by side.
-    let width = if c.is_multiple_of(8) { 8 } else { 1 };
-    let tiles = (c / width).div_ceil(if width == 8 { 32 } else { 128 });
-    let lanes = (c / width).div_ceil(tiles.max(1)).max(1);
-    let sums = |x: View, to: View, rows: usize, chunk: usize, accumulate: bool| {
-        let shape = Shape::grid([tiles, rows.div_ceil(chunk).max(1), 1], 256);
-        let (c, lanes, accumulate) = (c as i32, lanes as i32, i32::from(accumulate));
-        launch!(dev, "dense", "dense_column_sums", shape, x, to, rows as i64, c, lanes, chunk as i64, accumulate)
-    };
-    // Eight blocks a multiprocessor, each with at least four rows a thread.
-    let chunks = (8 * dev.processors()).div_ceil(tiles.max(1)).min(rows.div_ceil(4 * (256 / lanes))).max(1);
-    let chunk = rows.div_ceil(chunks).max(1);
-    let chunks = rows.div_ceil(chunk);
-    if chunks <= 1 {
-        return sums(x, to.view, rows, chunk, to.accumulate);
-    }
-    let partial = dev.scratch(chunks * c, Element::F32)?;
-    sums(x, partial, rows, chunk, false)?;
-    sums(partial, to.view, chunks, chunks, to.accumulate)
 }
 
 /// y [n/c, c] = act(x + bias + residual); y may be x.
