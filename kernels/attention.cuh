@@ -52,11 +52,42 @@ __device__ __forceinline__ int visible_keys(const View& last, int b, int tokens)
   return i < 0 ? 1 : min(tokens - 1, i) + 1;
 }
 
+// Keys that the queries of a block below `end` may see. Where a block has several pairs, all their keys are in one tile.
+__device__ __forceinline__ int keys_of_block(const View& last, const AttentionDims& d, int span, int pair, int end) {
+  if (span < TILE) return TILE;
+  int keys = visible_keys(last, pair / d.heads, d.tokens);
+  return d.causal ? min(keys, end) : keys;
+}
+
 // That a row of n elements exists; for the shim.
 __device__ __forceinline__ void check_row(const View& v, i64 at, int n) {
   CHECK_INDEX(v, at, 1);
   CHECK_INDEX(v, at + n - 1, 1);
 }
+
+// Where a block and a warp work: the block on tile number blockIdx.x of MT·64 rows, the warp on 16·MT rows of it.
+template <int MT> struct Place {
+  int span;                     // rows of a tile that each pair gets; where MT is 2, of the tiles of 64 rows
+  int first_pair, block_token;  // of the block's tile
+  int own, shared;              // rows of a tile: the warp's first, and the first of its pair in a tile of 64
+  int pair, b, column, token;   // the warp's pair, its batch entry and first column, and the warp's first token
+  int rows;                     // of the warp's, those that are tokens; none where there is no pair
+
+  __device__ __forceinline__ explicit Place(const AttentionDims& d) {
+    constexpr int ROWS = TILE * MT;
+    span = span_of(d.tokens);
+    int own_span = MT == 1 ? span : ROWS, tiles = (d.tokens + ROWS - 1) / ROWS;
+    first_pair = (int)(blockIdx.x / tiles) * (ROWS / own_span);
+    block_token = (int)(blockIdx.x % tiles) * ROWS;
+    own = (int)(threadIdx.x >> 5) * 16 * MT;
+    shared = MT == 1 ? own / span * span : 0;
+    pair = first_pair + own / own_span;
+    b = pair / d.heads;
+    column = (pair - b * d.heads) * d.dim;
+    token = block_token + (own & (own_span - 1));
+    rows = b < d.batch ? max(0, min(16 * MT, d.tokens - token)) : 0;
+  }
+};
 
 // Which tokens of which pairs a tile's rows are: four threads copy a row, 32 rows at a time.
 template <int ROWS> struct TileRows {
