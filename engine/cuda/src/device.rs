@@ -8,6 +8,7 @@ use mcpipe_cpu::conv::Conv2d;
 use crate::driver::{ConvPass, Driver, Product};
 use crate::error::CudaError;
 use crate::launch::{Arguments, Kernel, Shape};
+use crate::ops::dense::Weights;
 use crate::view::{Address, Element, View};
 
 /// Memory of a device, given back when dropped.
@@ -43,11 +44,21 @@ pub struct Device {
     driver: Rc<dyn Driver>,
     scratch: Rc<RefCell<Vec<Memory>>>,
     taken: Rc<Cell<usize>>,
+    tf32: Rc<Cell<bool>>,
+    pub(crate) weights: Rc<RefCell<Weights>>,
 }
 
 impl Device {
     pub(crate) fn from_driver(driver: Rc<dyn Driver>) -> Self {
-        Device { driver, scratch: Rc::default(), taken: Rc::default() }
+        Device { driver, scratch: Rc::default(), taken: Rc::default(), tf32: Rc::default(), weights: Rc::default() }
+    }
+
+    /// GPU number `index`.
+    ///
+    /// # Errors
+    /// [`CudaError::Unavailable`]: no driver, no such device, a library that is missing.
+    pub fn open(_index: usize) -> Result<Self, CudaError> {
+        Err(CudaError::Unavailable("no GPU driver yet".into()))
     }
 
     /// What it is, for messages.
@@ -96,6 +107,16 @@ impl Device {
         }
         self.taken.set(i + 1);
         Ok(held[i].view(len, element))
+    }
+
+    /// Whether products may round f32 operands to tf32.
+    pub fn set_tf32(&self, tf32: bool) {
+        self.tf32.set(tf32);
+    }
+
+    /// Says that the weights in `range` were changed: copies of them in other types are out of date.
+    pub fn weights_changed(&self, range: View) {
+        self.weights.borrow_mut().changed(range);
     }
 
     /// Ends an op's use of its scratch memory.
@@ -158,27 +179,12 @@ impl Device {
         self.driver.launch(kernel, shape, arguments)
     }
 
-    pub(crate) fn product(
-        &self,
-        p: &Product,
-        a: View,
-        b: View,
-        d: View,
-        bias: Option<View>,
-    ) -> Result<(), CudaError> {
-        self.driver.product(p, a, b, d, bias)
+    pub(crate) fn product(&self, p: &Product, a: View, b: View, d: View, bias: Option<View>) -> Result<(), CudaError> {
+        self.driver.product(&Product { tf32: self.tf32.get(), ..*p }, a, b, d, bias)
     }
 
-    pub(crate) fn convolution(
-        &self,
-        pass: ConvPass,
-        d: &Conv2d,
-        x: View,
-        w: View,
-        y: View,
-        tf32: bool,
-    ) -> Result<(), CudaError> {
-        self.driver.convolution(pass, d, x, w, y, tf32)
+    pub(crate) fn convolution(&self, pass: ConvPass, d: &Conv2d, x: View, w: View, y: View) -> Result<(), CudaError> {
+        self.driver.convolution(pass, d, x, w, y, self.tf32.get())
     }
 
     /// Waits for everything asked for.

@@ -6,7 +6,7 @@ use std::mem::take;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::backend::{Arg, Backend, BackendError, Cpu, Forward, GradOut, Vjp};
+use crate::backend::{Arg, Backend, BackendError, Cpu, Dtype, Forward, GradOut, Part, Vjp};
 use crate::fuse::{FusedConv, fuse};
 use crate::graph::{GraphError, Node, Source, StepGraph, Tensor, ValueId};
 use crate::memory::{MemoryPlan, Mode};
@@ -20,6 +20,8 @@ pub enum Feed<'a> {
     F32(&'a [f32]),
     /// Ids.
     I32(&'a [i32]),
+    /// Written before by [`Executor::write`].
+    Held,
 }
 
 /// Inputs by name.
@@ -57,6 +59,25 @@ pub enum ExecError {
 /// Sees each node after it ran, with a way to read its value.
 pub type Watch<'a> = &'a mut dyn FnMut(&Node, &dyn Fn() -> Vec<f32>);
 
+/// Ids come from data: refuses those outside the table that a node looks them up in, before a kernel reads there.
+fn check_ids(graph: &StepGraph, ids: ValueId, values: &[i32]) -> Result<(), BackendError> {
+    for reader in graph.dag.neighbors(ids) {
+        let node = &graph.dag[reader];
+        let Some(op) = node.op() else { continue };
+        let rows = match op {
+            Op::Embedding { width } => graph.dag[node.inputs[0]].numel() / (*width).max(1),
+            Op::GatherRows { tokens, .. } => *tokens,
+            Op::MaskedAttention(d) => d.tokens,
+            _ => continue,
+        };
+        if let Some(bad) = values.iter().find(|&&i| usize::try_from(i).map_or(true, |i| i >= rows)) {
+            let reason = format!("id {bad} lies outside 0..{rows}");
+            return Err(BackendError { op: op.name(), label: node.label.clone(), reason });
+        }
+    }
+    Ok(())
+}
+
 /// Runs one [`StepGraph`] with one [`MemoryPlan`]; reused from step to step.
 #[derive(Debug)]
 pub struct Executor<B: Backend = Cpu> {
@@ -69,6 +90,10 @@ pub struct Executor<B: Backend = Cpu> {
     /// Position in the store of each of the graph's parameters.
     bound: Vec<usize>,
     moved: HashMap<ValueId, usize>,
+    /// Gradients of arguments that are another argument of the same node too.
+    repeats: HashMap<(ValueId, usize), B::Buffer>,
+    /// Element type of each node's value.
+    dtypes: Vec<Dtype>,
     started: Vec<bool>,
     profile: Option<HashMap<(&'static str, String), OpTime>>,
 }
@@ -92,15 +117,16 @@ impl<B: Backend> Executor<B> {
     /// Plans the memory of `graph`, allocates it and finds its parameters in `store`.
     ///
     /// # Errors
-    /// A parameter that `store` lacks or holds with another shape.
+    /// A parameter that `store` lacks or holds with another shape, or a device whose memory does not suffice.
     pub fn new(
         graph: Arc<StepGraph>,
         store: &ParamStore<B::Buffer>,
         mode: Mode,
         mut backend: B,
-    ) -> Result<Self, GraphError> {
+    ) -> Result<Self, ExecError> {
         let graph = if mode == Mode::Forward && backend.fuses() { Arc::new(fuse(&graph)) } else { graph };
-        let plan = MemoryPlan::new(&graph, mode);
+        let plan = MemoryPlan::new(&graph, mode, &backend);
+        let dtypes = graph.dag.node_indices().map(|id| backend.dtype(&graph, id)).collect();
         let mut bound = Vec::with_capacity(graph.params.len());
         for spec in &graph.params {
             let index = store.index(&spec.name).ok_or_else(|| GraphError::NoParam(spec.name.clone()))?;
@@ -110,19 +136,28 @@ impl<B: Backend> Executor<B> {
                     name: spec.name.clone(),
                     held: held.clone(),
                     wanted: spec.shape.clone(),
-                });
+                }
+                .into());
             }
             bound.push(index);
         }
-        let slots = plan.slots.iter().map(|&len| {
-            let mut buffer = B::Buffer::default();
-            backend.grow(&mut buffer, len);
-            buffer
-        });
-        let slots = slots.collect();
+        let slots = backend.allocate(&plan.slots)?;
         let moved = plan.moved.iter().copied().collect();
         let started = vec![false; graph.dag.node_count()];
-        Ok(Executor { graph, plan, mode, backend, slots, ints: HashMap::new(), bound, moved, started, profile: None })
+        Ok(Executor {
+            graph,
+            plan,
+            mode,
+            backend,
+            slots,
+            ints: HashMap::new(),
+            bound,
+            moved,
+            repeats: HashMap::new(),
+            dtypes,
+            started,
+            profile: None,
+        })
     }
 
     /// The graph that is run.
@@ -168,7 +203,16 @@ impl<B: Backend> Executor<B> {
         }
     }
 
-    fn feed(&mut self, feeds: &Feeds<'_>) -> Result<(), ExecError> {
+    /// The backend.
+    pub fn backend(&self) -> &B {
+        &self.backend
+    }
+
+    /// Copies `feeds` to the graph's inputs: the first half of [`forward`](Self::forward).
+    ///
+    /// # Errors
+    /// A missing or wrong feed.
+    pub fn feed(&mut self, feeds: &Feeds<'_>) -> Result<(), ExecError> {
         let graph = Arc::clone(&self.graph);
         for (id, node) in graph.nodes() {
             let (name, int) = match &node.source {
@@ -185,10 +229,13 @@ impl<B: Backend> Executor<B> {
             };
             match (fed, int) {
                 (None, _) => return Err(ExecError::Missing(name.clone())),
+                (Some(Feed::Held), _) => {}
                 (Some(Feed::F32(v)), false) if v.len() == node.numel() => {
-                    self.backend.upload(v, &mut self.slots[self.plan.values[&id]]);
+                    let dtype = self.dtypes[id.index()];
+                    self.backend.upload(v, dtype, &mut self.slots[self.plan.values[&id]]);
                 }
                 (Some(Feed::I32(v)), true) if v.len() == node.numel() => {
+                    check_ids(&graph, id, v)?;
                     self.backend.upload_ints(v, self.ints.entry(id).or_default());
                 }
                 (Some(Feed::F32(v)), _) => return Err(wrong(format!("{} f32", v.len()))),
@@ -198,9 +245,16 @@ impl<B: Backend> Executor<B> {
         Ok(())
     }
 
+    /// Copies to the value of input `t`, from its element `start` on; to be fed as [`Feed::Held`].
+    pub fn write(&mut self, t: &Tensor, from: Part<'_, B>, start: usize) {
+        let dtype = self.dtypes[t.id.index()];
+        self.backend.copy(from, &mut self.slots[self.plan.values[&t.id]], dtype, start, false);
+    }
+
     fn args<'a>(
         graph: &StepGraph,
         plan: &MemoryPlan,
+        dtypes: &[Dtype],
         slots: &'a [B::Buffer],
         ints: &'a HashMap<ValueId, B::Ints>,
         bound: &[usize],
@@ -209,11 +263,13 @@ impl<B: Backend> Executor<B> {
     ) -> Vec<Arg<'a, B>> {
         let arg = |id: &ValueId| {
             let input = &graph.dag[*id];
-            let len = input.numel();
+            let (len, dtype) = (input.numel(), dtypes[id.index()]);
             match &input.source {
-                Source::Param(p) => Arg::F32 { buffer: &store.params()[bound[p.0]].data, len },
-                Source::IntInput(_) => Arg::I32(&ints[id]),
-                Source::Input(_) | Source::Op(_) | Source::Fused => Arg::F32 { buffer: &slots[plan.values[id]], len },
+                Source::Param(p) => Arg::Values { buffer: &store.params()[bound[p.0]].data, len, dtype: Dtype::F32 },
+                Source::IntInput(_) => Arg::Ids(&ints[id]),
+                Source::Input(_) | Source::Op(_) | Source::Fused => {
+                    Arg::Values { buffer: &slots[plan.values[id]], len, dtype }
+                }
             }
         };
         node.inputs.iter().map(arg).collect()
@@ -239,17 +295,27 @@ impl<B: Backend> Executor<B> {
         watch: Watch<'_>,
     ) -> Result<(), ExecError> {
         self.feed(feeds)?;
+        self.walk(store, watch)
+    }
+
+    /// The second half of [`forward`](Self::forward): runs the nodes on what was fed.
+    ///
+    /// # Errors
+    /// A node that fails.
+    pub fn walk(&mut self, store: &ParamStore<B::Buffer>, watch: Watch<'_>) -> Result<(), ExecError> {
         let graph = Arc::clone(&self.graph);
+        self.backend.begin(&graph)?;
         for (id, node) in graph.nodes() {
             let Some(op) = node.op() else { continue };
+            let dtype = self.dtypes[id.index()];
             let start = Instant::now();
             let slot = self.plan.values[&id];
             let mut out = take(&mut self.slots[slot]);
             let saved_slots = self.plan.saved.get(&id).map_or(&[][..], Vec::as_slice);
             let mut saved: Vec<B::Buffer> = saved_slots.iter().map(|&s| take(&mut self.slots[s])).collect();
-            let ins = Self::args(&graph, &self.plan, &self.slots, &self.ints, &self.bound, store, node);
+            let ins = Self::args(&graph, &self.plan, &self.dtypes, &self.slots, &self.ints, &self.bound, store, node);
             let keep = self.mode == Mode::Train && node.requires_grad;
-            let io = Forward { ins: &ins, out: &mut out, saved: &mut saved, keep };
+            let io = Forward { ins: &ins, out: &mut out, dtype, saved: &mut saved, keep };
             let ran = self.backend.forward(id, node, io);
             drop(ins);
             for (&s, buffer) in saved_slots.iter().zip(saved) {
@@ -259,7 +325,8 @@ impl<B: Backend> Executor<B> {
             ran?;
             self.count(node, op, start, false);
             let held = &self.slots[slot];
-            watch(node, &|| self.backend.view(held, node.numel()).into_owned());
+            let part = || Part { buffer: held, dtype, start: 0, len: node.numel() };
+            watch(node, &|| self.backend.view(part()).into_owned());
         }
         Ok(())
     }
@@ -284,9 +351,26 @@ impl<B: Backend> Executor<B> {
         }
     }
 
+    /// Where an output's (or input's) values lie after a forward.
+    pub fn part(&self, t: &Tensor) -> Part<'_, B> {
+        let buffer = &self.slots[self.plan.values[&t.id]];
+        Part { buffer, dtype: self.dtypes[t.id.index()], start: 0, len: t.numel() }
+    }
+
     /// An output's (or input's) values after a forward.
     pub fn value(&self, t: &Tensor) -> Cow<'_, [f32]> {
-        self.backend.view(&self.slots[self.plan.values[&t.id]], t.numel())
+        self.backend.view(self.part(t))
+    }
+
+    /// Where the gradient of an input made by [`input_with_grad`](crate::GraphBuilder::input_with_grad) lies after a
+    /// backward.
+    ///
+    /// # Errors
+    /// No gradient reaches that input.
+    pub fn grad_part(&self, t: &Tensor) -> Result<Part<'_, B>, ExecError> {
+        let none = || ExecError::NoGradient(format!("{:?}", self.graph.dag[t.id].source));
+        let slot = self.plan.grads.get(&t.id).filter(|_| self.started[t.id.index()]).ok_or_else(none)?;
+        Ok(Part { buffer: &self.slots[*slot], dtype: self.dtypes[t.id.index()], start: 0, len: t.numel() })
     }
 
     /// The gradient of an input made by [`input_with_grad`](crate::GraphBuilder::input_with_grad), after a backward.
@@ -294,9 +378,7 @@ impl<B: Backend> Executor<B> {
     /// # Errors
     /// No gradient reaches that input.
     pub fn grad(&self, t: &Tensor) -> Result<Cow<'_, [f32]>, ExecError> {
-        let none = || ExecError::NoGradient(format!("{:?}", self.graph.dag[t.id].source));
-        let slot = self.plan.grads.get(&t.id).filter(|_| self.started[t.id.index()]).ok_or_else(none)?;
-        Ok(self.backend.view(&self.slots[*slot], t.numel()))
+        Ok(self.backend.view(self.grad_part(t)?))
     }
 
     /// Walks backward from `seeds` (gradients of outputs), adding parameters' gradients to `grads`.
@@ -309,25 +391,61 @@ impl<B: Backend> Executor<B> {
         seeds: &[(&Tensor, &[f32])],
         grads: &mut Grads<B::Buffer>,
     ) -> Result<(), ExecError> {
-        let graph = Arc::clone(&self.graph);
-        self.started.fill(false);
+        self.clear_seeds();
+        let mut fed: HashMap<ValueId, Vec<f32>> = HashMap::new();
         for (t, seed) in seeds {
-            let output = graph.outputs.iter().any(|(_, o)| o.id == t.id);
-            let slot = self.plan.grads.get(&t.id).filter(|_| output && self.mode == Mode::Train);
-            let slot = *slot.ok_or_else(|| ExecError::NoGradient(graph.dag[t.id].label.clone()))?;
             if seed.len() != t.numel() {
-                let name = format!("gradient at {}", graph.dag[t.id].label);
+                let name = format!("gradient at {}", self.graph.dag[t.id].label);
                 return Err(ExecError::Feed { name, wanted: t.numel(), kind: "f32", got: seed.len().to_string() });
             }
-            let twice = std::mem::replace(&mut self.started[t.id.index()], true);
-            if twice {
-                let held = self.backend.view(&self.slots[slot], seed.len());
-                let sum: Vec<f32> = held.iter().zip(*seed).map(|(a, b)| a + b).collect();
-                self.backend.upload(&sum, &mut self.slots[slot]);
-            } else {
-                self.backend.upload(seed, &mut self.slots[slot]);
-            }
+            let slot = self.seed_slot(t)?;
+            self.started[t.id.index()] = true;
+            let dtype = self.dtypes[t.id.index()];
+            // An output that is seeded twice gets the sum.
+            let sum = match fed.get_mut(&t.id) {
+                Some(held) => {
+                    held.iter_mut().zip(*seed).for_each(|(h, s)| *h += s);
+                    &*held
+                }
+                None => &*fed.entry(t.id).or_insert_with(|| seed.to_vec()),
+            };
+            self.backend.upload(sum, dtype, &mut self.slots[slot]);
         }
+        self.walk_backward(store, grads)
+    }
+
+    fn seed_slot(&self, t: &Tensor) -> Result<usize, ExecError> {
+        let output = self.graph.outputs.iter().any(|(_, o)| o.id == t.id);
+        let slot = self.plan.grads.get(&t.id).filter(|_| output && self.mode == Mode::Train);
+        Ok(*slot.ok_or_else(|| ExecError::NoGradient(self.graph.dag[t.id].label.clone()))?)
+    }
+
+    /// Forgets the seeds of the last backward: the first step of a backward whose seeds lie on the device.
+    pub fn clear_seeds(&mut self) {
+        self.started.fill(false);
+    }
+
+    /// Adds to the gradient of output `t`, after a forward, for [`walk_backward`](Self::walk_backward).
+    ///
+    /// # Errors
+    /// A value that is no output or takes no gradient.
+    pub fn seed(&mut self, t: &Tensor, from: Part<'_, B>) -> Result<(), ExecError> {
+        let slot = self.seed_slot(t)?;
+        let add = std::mem::replace(&mut self.started[t.id.index()], true);
+        self.backend.copy(from, &mut self.slots[slot], self.dtypes[t.id.index()], 0, add);
+        Ok(())
+    }
+
+    /// Walks backward from what was [`seed`](Self::seed)ed, adding parameters' gradients to `grads`.
+    ///
+    /// # Errors
+    /// A node that fails.
+    pub fn walk_backward(
+        &mut self,
+        store: &ParamStore<B::Buffer>,
+        grads: &mut Grads<B::Buffer>,
+    ) -> Result<(), ExecError> {
+        let graph = Arc::clone(&self.graph);
         for (id, node) in graph.nodes().rev() {
             let Some(op) = node.op() else { continue };
             if node.requires_grad && self.started[id.index()] {
@@ -369,8 +487,13 @@ impl<B: Backend> Executor<B> {
                 homes.push(None);
                 buffers.push(None);
             } else if let Some(first) = node.inputs[..a].iter().position(|i| i == input) {
-                let mut buffer = B::Buffer::default();
-                self.backend.grow(&mut buffer, len);
+                let buffer = match self.repeats.remove(&(id, a)) {
+                    Some(buffer) => buffer,
+                    None => {
+                        let bytes = len * self.dtypes[input.index()].bytes();
+                        self.backend.allocate(&[bytes])?.pop().unwrap_or_default()
+                    }
+                };
                 homes.push(Some(Home::Repeat(first)));
                 buffers.push(Some((buffer, len, false)));
             } else if let Source::Param(p) = held.source {
@@ -388,15 +511,19 @@ impl<B: Backend> Executor<B> {
             // Saved tensors are gathered into one slice for the backend.
             let saved_slots = self.plan.saved.get(&id).map_or(&[][..], Vec::as_slice);
             let saved: Vec<B::Buffer> = saved_slots.iter().map(|&s| take(&mut self.slots[s])).collect();
-            let ins = Self::args(graph, &self.plan, &self.slots, &self.ints, &self.bound, store, node);
+            let ins = Self::args(graph, &self.plan, &self.dtypes, &self.slots, &self.ints, &self.bound, store, node);
             let mut outs: Vec<Option<GradOut<'_, B>>> = buffers
                 .iter_mut()
-                .map(|b| {
-                    b.as_mut().map(|(buffer, len, accumulate)| GradOut { buffer, len: *len, accumulate: *accumulate })
+                .zip(&node.inputs)
+                .map(|(b, input)| {
+                    let (buffer, len, accumulate) = b.as_mut()?;
+                    let dtype = self.dtypes[input.index()];
+                    Some(GradOut { buffer, len: *len, dtype, accumulate: *accumulate })
                 })
                 .collect();
-            let out = op.needs().output.then(|| &self.slots[self.plan.values[&id]]);
-            let io = Vjp { ins: &ins, out, saved: &saved, dout: &dout, grads: &mut outs };
+            let out = self.backend.needs(op).output.then(|| &self.slots[self.plan.values[&id]]);
+            let dtype = self.dtypes[id.index()];
+            let io = Vjp { ins: &ins, out, saved: &saved, dout: &dout, dtype, grads: &mut outs };
             let ran = self.backend.vjp(id, node, io);
             drop(ins);
             for (&s, buffer) in saved_slots.iter().zip(saved) {
@@ -406,25 +533,24 @@ impl<B: Backend> Executor<B> {
         };
         self.slots[dout_slot] = dout;
         let mut repeats = Vec::new();
-        for (home, buffer) in homes.into_iter().zip(buffers) {
+        for (a, (home, buffer)) in homes.into_iter().zip(buffers).enumerate() {
             match (home, buffer) {
                 (Some(Home::Slot(slot)), Some((buffer, ..))) => self.slots[slot] = buffer,
                 (Some(Home::Param(index)), Some((buffer, ..))) => grads.data[index] = buffer,
-                (Some(Home::Repeat(first)), Some((buffer, len, _))) => repeats.push((first, buffer, len)),
+                (Some(Home::Repeat(first)), Some((buffer, len, _))) => repeats.push((a, first, buffer, len)),
                 _ => {}
             }
         }
         ran?;
-        for (first, buffer, len) in repeats {
+        for (a, first, buffer, len) in repeats {
             let input = node.inputs[first];
-            let held = &graph.dag[input];
-            let to = match held.source {
+            let dtype = self.dtypes[input.index()];
+            let to = match graph.dag[input].source {
                 Source::Param(p) => &mut grads.data[self.bound[p.0]],
                 _ => &mut self.slots[self.plan.grads[&input]],
             };
-            let added = self.backend.view(&buffer, len);
-            let sum: Vec<f32> = self.backend.view(to, len).iter().zip(added.iter()).map(|(a, b)| a + b).collect();
-            self.backend.upload(&sum, to);
+            self.backend.copy(Part { buffer: &buffer, dtype, start: 0, len }, to, dtype, 0, true);
+            self.repeats.insert((id, a), buffer);
         }
         Ok(())
     }

@@ -16,10 +16,10 @@ mod fuse;
 mod graph;
 pub mod init;
 mod memory;
-mod op;
+pub mod op;
 mod params;
 
-pub use backend::{Backend, Cpu, Kernels};
+pub use backend::{Backend, Cpu, Dtype, Kernels, Layout, Part};
 pub use builder::{BatchNormArgs, ConvArgs, GraphBuilder, Path};
 pub use exec::{ExecError, Executor, Feed, Feeds, OpTime, Watch};
 pub use fuse::FusedConv;

@@ -4,7 +4,8 @@
 
 use std::collections::HashMap;
 
-use crate::graph::{Source, StepGraph, ValueId};
+use crate::backend::Layout;
+use crate::graph::{Node, Source, StepGraph, ValueId};
 use crate::op::Op;
 
 /// Which walks an executor makes.
@@ -22,7 +23,7 @@ pub type Slot = usize;
 /// Where everything of a step lives.
 #[derive(Clone, Debug)]
 pub struct MemoryPlan {
-    /// Length of each slot in elements.
+    /// Size of each slot in bytes.
     pub slots: Vec<usize>,
     /// Slot of each op's value.
     pub values: HashMap<ValueId, Slot>,
@@ -43,6 +44,7 @@ enum What {
 
 struct Life {
     what: What,
+    /// Bytes.
     len: usize,
     from: usize,
     to: usize,
@@ -50,9 +52,9 @@ struct Life {
 
 impl MemoryPlan {
     /// Plans `graph`. Its outputs (and in [`Mode::Train`] the gradients of its inputs) live to the end.
-    pub fn new(graph: &StepGraph, mode: Mode) -> Self {
+    pub fn new(graph: &StepGraph, mode: Mode, layout: &impl Layout) -> Self {
         let n = graph.dag.node_count();
-        let (lives, moved) = lifetimes(graph, mode, n);
+        let (lives, moved) = lifetimes(graph, mode, n, layout);
         let mut plan = MemoryPlan {
             slots: Vec::new(),
             values: HashMap::new(),
@@ -115,7 +117,7 @@ impl MemoryPlan {
     /// Bytes of all slots: activations, saved tensors and gradients of activations. Parameters, their gradients and
     /// the optimiser's state come on top.
     pub fn bytes(&self) -> usize {
-        self.slots.iter().sum::<usize>() * size_of::<f32>()
+        self.slots.iter().sum::<usize>()
     }
 }
 
@@ -125,7 +127,8 @@ struct Move {
     to: ValueId,
 }
 
-fn lifetimes(graph: &StepGraph, mode: Mode, n: usize) -> (Vec<Life>, Vec<Move>) {
+fn lifetimes(graph: &StepGraph, mode: Mode, n: usize, layout: &impl Layout) -> (Vec<Life>, Vec<Move>) {
+    let bytes = |id: ValueId, node: &Node| node.numel() * layout.dtype(graph, id).bytes();
     let train = mode == Mode::Train;
     let end = 2 * n;
     let back = |i: usize| 2 * n - 1 - i;
@@ -134,7 +137,7 @@ fn lifetimes(graph: &StepGraph, mode: Mode, n: usize) -> (Vec<Life>, Vec<Move>) 
     for (id, node) in graph.nodes() {
         let Some(op) = node.op() else { continue };
         let i = id.index();
-        let needs = op.needs();
+        let needs = layout.needs(op);
         let backward = train && node.requires_grad;
         for (a, input) in node.inputs.iter().enumerate() {
             let j = input.index();
@@ -158,7 +161,7 @@ fn lifetimes(graph: &StepGraph, mode: Mode, n: usize) -> (Vec<Life>, Vec<Move>) 
             grad_from[i] = n;
         }
     }
-    let moved = if train { moves(graph, &grad_from, back) } else { Vec::new() };
+    let moved = if train { moves(graph, &grad_from, back, layout) } else { Vec::new() };
     // The gradient that is taken over lives on until its last heir dies.
     let mut grad_to: Vec<usize> = (0..n).map(back).collect();
     for (id, node) in graph.nodes() {
@@ -178,18 +181,20 @@ fn lifetimes(graph: &StepGraph, mode: Mode, n: usize) -> (Vec<Life>, Vec<Move>) 
         let i = id.index();
         if matches!(node.source, Source::Input(_)) {
             // Fed before the first tick.
-            lives.push(Life { what: What::Value(id), len: node.numel(), from: 0, to: last_use[i] });
+            lives.push(Life { what: What::Value(id), len: bytes(id, node), from: 0, to: last_use[i] });
         }
         if let Some(op) = node.op() {
-            lives.push(Life { what: What::Value(id), len: node.numel(), from: i, to: last_use[i] });
+            lives.push(Life { what: What::Value(id), len: bytes(id, node), from: i, to: last_use[i] });
             let to = if train && node.requires_grad { back(i) } else { i };
-            for (k, len) in op.saved().into_iter().enumerate() {
+            for (k, len) in layout.saved(op).into_iter().enumerate() {
+                let len = len * size_of::<f32>();
                 lives.push(Life { what: What::Saved(id, k), len, from: i, to });
             }
         }
         let is_param = matches!(node.source, Source::Param(_));
         if train && node.requires_grad && !is_param && grad_from[i] != usize::MAX && !heirs.contains(&id) {
-            lives.push(Life { what: What::Grad(id), len: node.numel(), from: grad_from[i], to: grad_to[i] });
+            let len = bytes(id, node);
+            lives.push(Life { what: What::Grad(id), len, from: grad_from[i], to: grad_to[i] });
         }
     }
     (lives, moved)
@@ -197,7 +202,7 @@ fn lifetimes(graph: &StepGraph, mode: Mode, n: usize) -> (Vec<Life>, Vec<Move>) 
 
 /// Which argument of each addition takes over the sum's gradient: one whose first contribution this is. It spares a
 /// copy per residual connection.
-fn moves(graph: &StepGraph, grad_from: &[usize], back: impl Fn(usize) -> usize) -> Vec<Move> {
+fn moves(graph: &StepGraph, grad_from: &[usize], back: impl Fn(usize) -> usize, layout: &impl Layout) -> Vec<Move> {
     let mut moved: Vec<Move> = Vec::new();
     for (id, node) in graph.nodes() {
         let takes = matches!(node.op(), Some(Op::Add | Op::AddBroadcast)) && node.requires_grad;
@@ -213,6 +218,7 @@ fn moves(graph: &StepGraph, grad_from: &[usize], back: impl Fn(usize) -> usize) 
                 && !matches!(held.source, Source::Param(_))
                 && !twice
                 && held.numel() == node.numel()
+                && layout.dtype(graph, input) == layout.dtype(graph, id)
                 && grad_from[input.index()] == back(id.index())
         });
         if let Some(argument) = heir {
@@ -225,6 +231,7 @@ fn moves(graph: &StepGraph, grad_from: &[usize], back: impl Fn(usize) -> usize) 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::Plain;
     use crate::{Activation, BatchNormArgs, ConvArgs, GraphBuilder, GraphError, Path};
 
     /// Residual blocks with norms: the shape of every trunk.
@@ -246,8 +253,8 @@ mod tests {
     fn tensors_that_live_together_have_their_own_slots() -> Result<(), GraphError> {
         for (mode, train) in [(Mode::Train, true), (Mode::Forward, true), (Mode::Forward, false)] {
             let graph = trunk(train, 5)?;
-            let plan = MemoryPlan::new(&graph, mode);
-            let (lives, _) = lifetimes(&graph, mode, graph.dag.node_count());
+            let plan = MemoryPlan::new(&graph, mode, &Plain);
+            let (lives, _) = lifetimes(&graph, mode, graph.dag.node_count(), &Plain);
             let slot = |what: &What| match *what {
                 What::Value(v) => plan.values[&v],
                 What::Grad(v) => plan.grads[&v],
@@ -266,7 +273,7 @@ mod tests {
 
     #[test]
     fn memory_of_a_forward_does_not_grow_with_depth() -> Result<(), GraphError> {
-        let bytes = |mode, train, n| Ok::<_, GraphError>(MemoryPlan::new(&trunk(train, n)?, mode).bytes());
+        let bytes = |mode, train, n| Ok::<_, GraphError>(MemoryPlan::new(&trunk(train, n)?, mode, &Plain).bytes());
         assert_eq!(bytes(Mode::Forward, false, 3)?, bytes(Mode::Forward, false, 30)?);
         assert!(bytes(Mode::Train, true, 30)? > 5 * bytes(Mode::Train, true, 3)?);
         Ok(())
@@ -275,7 +282,7 @@ mod tests {
     #[test]
     fn a_residual_takes_over_the_gradient_of_the_sum() -> Result<(), GraphError> {
         let graph = trunk(true, 3)?;
-        let plan = MemoryPlan::new(&graph, Mode::Train);
+        let plan = MemoryPlan::new(&graph, Mode::Train, &Plain);
         // The first block's shortcut is the image, which takes no gradient, so its branch inherits.
         assert_eq!(plan.moved.len(), 3);
         for (add, argument) in &plan.moved {

@@ -118,6 +118,18 @@ pub struct Grads<Buf = Vec<f32>> {
     pub(crate) data: Vec<Buf>,
 }
 
+impl<Buf> Grads<Buf> {
+    /// Gradients in `data`, one buffer for each parameter of a store; those of buffers are never touched.
+    pub fn from_buffers(data: Vec<Buf>) -> Self {
+        Grads { data }
+    }
+
+    /// Gradients in the store's order.
+    pub fn all(&self) -> &[Buf] {
+        &self.data
+    }
+}
+
 impl Grads {
     /// Zero gradients for every trained parameter of `store`.
     pub fn zeros_like(store: &ParamStore) -> Self {
@@ -128,11 +140,6 @@ impl Grads {
     /// Sets all gradients to zero, keeping the memory.
     pub fn zero(&mut self) {
         self.data.iter_mut().for_each(|g| g.fill(0.0));
-    }
-
-    /// Gradients in the store's order.
-    pub fn all(&self) -> &[Vec<f32>] {
-        &self.data
     }
 
     /// Gradients in the store's order, to be changed (clipping, scaling).

@@ -1,5 +1,6 @@
 //! What a training step needs, known before anything runs.
 
+use mcpipe_graph::backend::Plain;
 use mcpipe_graph::{MemoryPlan, Mode, ParamKind, StepGraph};
 use serde::Serialize;
 
@@ -58,7 +59,7 @@ impl StepPlan {
         let accumulate = setup.training.accumulate as u64;
         let part = |name: &str, graph: &StepGraph, mode: Mode, runs: u64| {
             let (parameters, weight_bytes) = weights(graph);
-            let activation_bytes = MemoryPlan::new(graph, mode).bytes();
+            let activation_bytes = MemoryPlan::new(graph, mode, &Plain).bytes();
             Part {
                 name: name.to_owned(),
                 activation_bytes,

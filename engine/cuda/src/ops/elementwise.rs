@@ -5,7 +5,7 @@ use mcpipe_graph::{Activation, Op};
 use crate::device::Device;
 use crate::error::CudaError;
 use crate::launch::{Shape, launch};
-use crate::view::{Forward, Vjp};
+use crate::view::{Forward, View, Vjp};
 
 /// An activation's number in `kernels/activation.cuh`.
 pub(crate) fn code(act: Activation) -> i32 {
@@ -34,4 +34,10 @@ pub(crate) fn vjp(dev: &Device, op: &Op, io: Vjp<'_>) -> Result<(), CudaError> {
         }
         _ => Err(super::unsupported(op)),
     }
+}
+
+/// Elements from one view to another of the same length, converted between types; added where `add` says so.
+pub(crate) fn copy(dev: &Device, from: View, to: View, add: bool) -> Result<(), CudaError> {
+    let n = from.len as i64;
+    launch!(dev, "elementwise", "copy", Shape::eights(from.len), from, to, n, i32::from(add))
 }

@@ -51,9 +51,7 @@ fn family<'a>(op: &Op) -> (Run<Forward<'a>>, Run<Vjp<'a>>) {
         | Op::PrependToken { .. }
         | Op::SliceRows { .. }
         | Op::Permute { .. } => (layout::forward, layout::vjp),
-        Op::GlobalAvgPool { .. } | Op::AvgPool(_) | Op::MaxPool(_) | Op::Resize(_) => {
-            (pooling::forward, pooling::vjp)
-        }
+        Op::GlobalAvgPool { .. } | Op::AvgPool(_) | Op::MaxPool(_) | Op::Resize(_) => (pooling::forward, pooling::vjp),
         Op::L2Normalize { .. }
         | Op::Softmax { .. }
         | Op::Contrastive(_)

@@ -12,7 +12,7 @@ use mcpipe_cpu::{
 };
 
 use super::reference::{self, Tape};
-use super::{Arg, Backend, BackendError, Forward, Kernels, Vjp};
+use super::{Arg, Backend, BackendError, Dtype, Forward, Kernels, Layout, Part, Vjp};
 use crate::fuse::FusedConv;
 use crate::graph::{Node, ValueId};
 use crate::op::{Op, Runner};
@@ -53,18 +53,20 @@ impl Cpu {
 impl Arg<'_, Cpu> {
     pub(super) fn values(&self) -> &[f32] {
         match self {
-            Arg::F32 { buffer, len } => &buffer[..*len],
-            Arg::I32(_) => &[],
+            Arg::Values { buffer, len, .. } => &buffer[..*len],
+            Arg::Ids(_) => &[],
         }
     }
 
     pub(super) fn ids(&self) -> &[i32] {
         match self {
-            Arg::F32 { .. } => &[],
-            Arg::I32(ids) => ids,
+            Arg::Values { .. } => &[],
+            Arg::Ids(ids) => ids,
         }
     }
 }
+
+impl Layout for Cpu {}
 
 impl Backend for Cpu {
     type Buffer = Vec<f32>;
@@ -74,14 +76,14 @@ impl Backend for Cpu {
         self.kernels == Kernels::Native
     }
 
-    fn grow(&mut self, buffer: &mut Vec<f32>, len: usize) {
-        if buffer.len() < len {
-            *buffer = vec![0.0; len];
-        }
+    fn allocate(&mut self, bytes: &[usize]) -> Result<Vec<Vec<f32>>, BackendError> {
+        Ok(bytes.iter().map(|b| vec![0.0; b / size_of::<f32>()]).collect())
     }
 
-    fn upload(&mut self, values: &[f32], buffer: &mut Vec<f32>) {
-        self.grow(buffer, values.len());
+    fn upload(&mut self, values: &[f32], _: Dtype, buffer: &mut Vec<f32>) {
+        if buffer.len() < values.len() {
+            *buffer = vec![0.0; values.len()];
+        }
         buffer[..values.len()].copy_from_slice(values);
     }
 
@@ -90,13 +92,17 @@ impl Backend for Cpu {
         ids.extend_from_slice(values);
     }
 
-    fn view<'a>(&self, buffer: &'a Vec<f32>, len: usize) -> Cow<'a, [f32]> {
-        Cow::Borrowed(&buffer[..len])
+    fn view<'a>(&self, part: Part<'a, Self>) -> Cow<'a, [f32]> {
+        Cow::Borrowed(&part.buffer[part.start..][..part.len])
+    }
+
+    fn copy(&mut self, from: Part<'_, Self>, to: &mut Vec<f32>, _: Dtype, start: usize, add: bool) {
+        let from = &from.buffer[from.start..][..from.len];
+        elementwise::copy_or_add(from, &mut to[start..][..from.len()], add);
     }
 
     fn forward(&mut self, id: ValueId, node: &Node, io: Forward<'_, Self>) -> Result<(), BackendError> {
         let Some(op) = node.op() else { return Ok(()) };
-        check_ids(node, op, io.ins)?;
         let y = &mut io.out[..node.numel()];
         if self.on_dfdx(node) {
             let ran = reference::run(op, io.ins, io.keep).map_err(|e| failed(node, op, e.to_string()))?;
@@ -260,18 +266,4 @@ fn pair(saved: &mut [Vec<f32>]) -> [&mut Vec<f32>; 2] {
 
 fn failed(node: &Node, op: &Op, reason: impl Into<String>) -> BackendError {
     BackendError { op: op.name(), label: node.label.clone(), reason: reason.into() }
-}
-
-/// Ids come from data: refuse those outside the table before a kernel reads there.
-fn check_ids(node: &Node, op: &Op, ins: &[Arg<'_, Cpu>]) -> Result<(), BackendError> {
-    let rows = match op {
-        Op::Embedding { width } => ins[0].values().len() / (*width).max(1),
-        Op::GatherRows { tokens, .. } => *tokens,
-        Op::MaskedAttention(d) => d.tokens,
-        _ => return Ok(()),
-    };
-    match ins[1].ids().iter().find(|&&i| usize::try_from(i).map_or(true, |i| i >= rows)) {
-        Some(bad) => Err(failed(node, op, format!("id {bad} lies outside 0..{rows}"))),
-        None => Ok(()),
-    }
 }

@@ -7,7 +7,8 @@ use std::borrow::Cow;
 
 use mcpipe_cpu::norm::Norm;
 
-use crate::graph::{Node, ValueId};
+use crate::graph::{Node, StepGraph, ValueId};
+use crate::op::{Needs, Op};
 
 pub use cpu::Cpu;
 
@@ -19,6 +20,26 @@ pub enum Kernels {
     Native,
     /// The dfdx formulation of every op that dfdx can express; plain loops for the rest. Slow: for comparison.
     Reference,
+}
+
+/// Element type of a value in a backend's memory. Parameters, their gradients and what ops save are always `F32`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Dtype {
+    /// 32 bits.
+    #[default]
+    F32,
+    /// The upper 16 bits of an `F32`.
+    Bf16,
+}
+
+impl Dtype {
+    /// Bytes of an element.
+    pub fn bytes(self) -> usize {
+        match self {
+            Dtype::F32 => 4,
+            Dtype::Bf16 => 2,
+        }
+    }
 }
 
 /// A backend that could not run a node.
@@ -33,18 +54,42 @@ pub struct BackendError {
     pub reason: String,
 }
 
+/// What a backend lays out its own way: read when the memory is planned.
+pub trait Layout {
+    /// Element type of a value and of its gradient.
+    fn dtype(&self, _graph: &StepGraph, _id: ValueId) -> Dtype {
+        Dtype::F32
+    }
+    /// What an op's VJP reads.
+    fn needs(&self, op: &Op) -> Needs {
+        op.needs()
+    }
+    /// Lengths of the `F32` tensors that an op's forward saves for its VJP.
+    fn saved(&self, op: &Op) -> Vec<usize> {
+        op.saved()
+    }
+}
+
+/// The CPU's layout.
+#[derive(Clone, Copy, Debug)]
+pub struct Plain;
+
+impl Layout for Plain {}
+
 /// An argument of an op: a buffer's first `len` elements, or ids.
 #[derive(Debug)]
 pub enum Arg<'a, B: Backend + ?Sized> {
     /// Values.
-    F32 {
+    Values {
         /// The buffer, at least `len` long.
         buffer: &'a B::Buffer,
         /// Elements that belong to the argument.
         len: usize,
+        /// Their type.
+        dtype: Dtype,
     },
     /// Ids.
-    I32(&'a B::Ints),
+    Ids(&'a B::Ints),
 }
 
 /// What a forward reads and writes.
@@ -54,6 +99,8 @@ pub struct Forward<'a, B: Backend + ?Sized> {
     pub ins: &'a [Arg<'a, B>],
     /// The value, to be overwritten.
     pub out: &'a mut B::Buffer,
+    /// Its element type.
+    pub dtype: Dtype,
     /// Tensors saved for the VJP, to be overwritten.
     pub saved: &'a mut [B::Buffer],
     /// Whether a VJP will follow.
@@ -67,6 +114,8 @@ pub struct GradOut<'a, B: Backend + ?Sized> {
     pub buffer: &'a mut B::Buffer,
     /// Elements that belong to the gradient.
     pub len: usize,
+    /// Their type.
+    pub dtype: Dtype,
     /// Add to what is there (always so for parameters) instead of overwriting.
     pub accumulate: bool,
 }
@@ -82,27 +131,57 @@ pub struct Vjp<'a, B: Backend + ?Sized> {
     pub saved: &'a [B::Buffer],
     /// Gradient of the value.
     pub dout: &'a B::Buffer,
+    /// Element type of the value and of its gradient.
+    pub dtype: Dtype,
     /// Gradients of the arguments; none where no gradient is wanted.
     pub grads: &'a mut [Option<GradOut<'a, B>>],
 }
 
+/// Part of a buffer.
+#[derive(Debug)]
+pub struct Part<'a, B: Backend + ?Sized> {
+    /// The buffer.
+    pub buffer: &'a B::Buffer,
+    /// Element type.
+    pub dtype: Dtype,
+    /// First element.
+    pub start: usize,
+    /// Elements.
+    pub len: usize,
+}
+
 /// Forward and VJP of every op on one kind of device.
-pub trait Backend {
-    /// Device memory of `f32`.
+///
+/// Copies between host and device give no error: a device that fails stays failed, gives NaN from then on and says so at
+/// the next [`forward`](Self::forward) or [`vjp`](Self::vjp).
+pub trait Backend: Layout {
+    /// Device memory.
     type Buffer: Default + std::fmt::Debug;
     /// Device memory of `i32`.
     type Ints: Default + std::fmt::Debug;
 
     /// Whether evaluation graphs are to be fused: the backend then runs [`Op::FusedConv`](crate::op::Op::FusedConv).
     fn fuses(&self) -> bool;
-    /// Makes `buffer` hold at least `len` elements.
-    fn grow(&mut self, buffer: &mut Self::Buffer, len: usize);
+    /// A buffer for each of the sizes, in bytes.
+    ///
+    /// # Errors
+    /// The device's memory does not suffice.
+    fn allocate(&mut self, bytes: &[usize]) -> Result<Vec<Self::Buffer>, BackendError>;
+    /// Called before each walk forward over `graph`.
+    ///
+    /// # Errors
+    /// The device refuses.
+    fn begin(&mut self, _graph: &StepGraph) -> Result<(), BackendError> {
+        Ok(())
+    }
     /// Copies host values to the front of `buffer`.
-    fn upload(&mut self, values: &[f32], buffer: &mut Self::Buffer);
+    fn upload(&mut self, values: &[f32], dtype: Dtype, buffer: &mut Self::Buffer);
     /// Copies host ids into `ids`.
     fn upload_ints(&mut self, values: &[i32], ids: &mut Self::Ints);
-    /// The first `len` elements on the host.
-    fn view<'a>(&self, buffer: &'a Self::Buffer, len: usize) -> Cow<'a, [f32]>;
+    /// Elements on the host.
+    fn view<'a>(&self, part: Part<'a, Self>) -> Cow<'a, [f32]>;
+    /// Copies elements to `to` from its element `start` on, converting between types; adds them where `add` says so.
+    fn copy(&mut self, from: Part<'_, Self>, to: &mut Self::Buffer, dtype: Dtype, start: usize, add: bool);
     /// Runs a node.
     ///
     /// # Errors

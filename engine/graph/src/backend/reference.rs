@@ -62,6 +62,6 @@ pub(super) fn run(op: &Op, ins: &[Arg<'_, Cpu>], keep: bool) -> Result<Run<f32>,
         Op::AttentionTransferMap { batch, hw, c } => Dfdx::AttentionTransferMap { batch: *batch, hw: *hw, c: *c },
     };
     // Ids are part of the op there, not arguments.
-    let tensors: Vec<&[f32]> = ins.iter().filter(|a| matches!(a, Arg::F32 { .. })).map(Arg::values).collect();
+    let tensors: Vec<&[f32]> = ins.iter().filter(|a| matches!(a, Arg::Values { .. })).map(Arg::values).collect();
     bridge::run(&dfdx, &tensors, keep)
 }
