@@ -8,38 +8,8 @@ struct Conv {
   int lanes;  // threads along the channels of a tile
 };
 
-// Channels of a pixel that a thread owns: V of them, from c0 on. The vector types need c to be a multiple of V and m to
-// be 1; the last one looks at the element type, the multiplier and the end of the channels each time.
-template <int V>
-struct AnyOf {
-  static constexpr int N = V;
-  struct Raw { float v[V]; };
-  static __device__ __forceinline__ Raw get(const View& x, i64 pixel, int c0, const Conv& d) {
-    Raw r;
-    int width = d.c / d.m;
-#pragma unroll
-    for (int k = 0; k < V; k++) r.v[k] = c0 + k < d.c ? load(x, pixel * width + (c0 + k) / d.m) : 0.0f;
-    return r;
-  }
-  static __device__ __forceinline__ Raw zero() { return Raw{}; }
-  static __device__ __forceinline__ void open(const Raw& r, float (&x)[V]) {
-#pragma unroll
-    for (int k = 0; k < V; k++) x[k] = r.v[k];
-  }
-  static __device__ __forceinline__ Raw written(const View& y, i64 pixel, int c0, const Conv& d) {
-    Raw r;
-#pragma unroll
-    for (int k = 0; k < V; k++) r.v[k] = c0 + k < d.c ? load(y, pixel * d.c + c0 + k) : 0.0f;
-    return r;
-  }
-  static __device__ __forceinline__ void put(const View& y, i64 pixel, int c0, const Conv& d, const float (&x)[V]) {
-#pragma unroll
-    for (int k = 0; k < V; k++)
-      if (c0 + k < d.c) store(y, pixel * d.c + c0 + k, x[k]);
-  }
-};
-
-// Vector types: `Raw` is what one load brings.
+// Channels of a pixel that a thread owns: V of them, from c0 on. `Raw` is what one load brings. They need c to be a
+// multiple of V, one output a channel and one element type; other sizes take plain kernels, an element a thread.
 template <int V, class R>
 struct VectorOf {
   static constexpr int N = V;
@@ -51,9 +21,6 @@ struct VectorOf {
   }
   static __device__ __forceinline__ Raw zero() { return Raw{}; }
   static __device__ __forceinline__ void open(const Raw& r, float (&x)[V]) { r.open(x); }
-  static __device__ __forceinline__ Raw written(const View& y, i64 pixel, int c0, const Conv& d) {
-    return get(y, pixel, c0, d);
-  }
   static __device__ __forceinline__ void put(const View& y, i64 pixel, int c0, const Conv& d, const float (&x)[V]) {
     CHECK_INDEX(y, pixel * d.c + c0, V);
     *(Raw*)((Element*)y.data + pixel * d.c + c0) = Raw::pack(x);
@@ -89,10 +56,8 @@ struct __align__(8) TwoF32 {
 
 using Bf16x4 = VectorOf<4, FourBf16>;
 using F32x4 = VectorOf<4, FourF32>;
-using Any4 = AnyOf<4>;
 using Bf16x2 = VectorOf<2, TwoBf16>;
 using F32x2 = VectorOf<2, TwoF32>;
-using Any2 = AnyOf<2>;
 
 // A block's tile of channels (grid y) and a thread's place in it.
 struct Tile {
@@ -132,19 +97,16 @@ __device__ __forceinline__ void shared_weights(const float* at, float (&w)[V]) {
   }
 }
 
-// Rows top.. of column `left` of an image that starts at pixel `image`; zeros outside.
+// Rows top.. of a column of an image that starts at pixel `image`; zeros outside.
 template <class T, int ROWS>
-__device__ __forceinline__ void load_column(const View& x, i64 image, int top, int left, const Tile& t, const Conv& d,
-                                            float (&v)[ROWS][T::N]) {
-  typename T::Raw raw[ROWS];
-  bool inside = left >= 0 && left < d.w;
+__device__ __forceinline__ void load_column(const View& x, i64 image, int top, int column, const Tile& t,
+                                            const Conv& d, typename T::Raw (&raw)[ROWS]) {
+  bool inside = column >= 0 && column < d.w;
 #pragma unroll
   for (int r = 0; r < ROWS; r++) {
     bool there = inside && top + r >= 0 && top + r < d.h;
-    raw[r] = there ? T::get(x, image + (i64)((top + r) * d.w + left), t.c0, d) : T::zero();
+    raw[r] = there ? T::get(x, image + (i64)((top + r) * d.w + column), t.c0, d) : T::zero();
   }
-#pragma unroll
-  for (int r = 0; r < ROWS; r++) T::open(raw[r], v[r]);
 }
 
 // A block of TH x TW pixels from (oy, ox) of image b.
@@ -159,7 +121,7 @@ __device__ __forceinline__ void store_block(const View& y, int b, int oy, int ox
       i64 pixel = ((i64)b * d.oh + oy + r) * d.ow + ox + o;
       if (accumulate) {
         float old[T::N];
-        T::open(T::written(y, pixel, t.c0, d), old);
+        T::open(T::get(y, pixel, t.c0, d), old);
 #pragma unroll
         for (int k = 0; k < T::N; k++) acc[r][o][k] += old[k];
       }
