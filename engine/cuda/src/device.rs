@@ -5,6 +5,7 @@ use std::rc::Rc;
 
 use mcpipe_cpu::conv::Conv2d;
 
+use crate::driver::gpu::Gpu;
 use crate::driver::{ConvPass, Driver, Product};
 use crate::error::CudaError;
 use crate::launch::{Arguments, Kernel, Shape};
@@ -57,8 +58,17 @@ impl Device {
     ///
     /// # Errors
     /// [`CudaError::Unavailable`]: no driver, no such device, a library that is missing.
-    pub fn open(_index: usize) -> Result<Self, CudaError> {
-        Err(CudaError::Unavailable("no GPU driver yet".into()))
+    pub fn open(index: usize) -> Result<Self, CudaError> {
+        Ok(Device::from_driver(Rc::new(Gpu::open(index)?)))
+    }
+
+    /// The CPU, on the library of kernels that `MCPIPE_SHIM` names (`tests/kernels/run` builds it). For tests.
+    ///
+    /// # Errors
+    /// [`CudaError::Unavailable`]: no such library.
+    #[cfg(feature = "shim")]
+    pub fn shim() -> Result<Self, CudaError> {
+        Ok(Device::from_driver(Rc::new(crate::driver::shim::Shim::from_env()?)))
     }
 
     /// What it is, for messages.
@@ -106,7 +116,11 @@ impl Device {
             held[i] = self.alloc(bytes)?;
         }
         self.taken.set(i + 1);
-        Ok(held[i].view(len, element))
+        let view = held[i].view(len, element);
+        // In tests, NaN instead of what the last op left there.
+        #[cfg(feature = "shim")]
+        self.fill(view, 0xff)?;
+        Ok(view)
     }
 
     /// Whether products may round f32 operands to tf32.
@@ -205,5 +219,13 @@ impl Device {
     /// A kernel that failed.
     pub fn synchronize(&self) -> Result<(), CudaError> {
         self.driver.synchronize()
+    }
+
+    /// Seconds that the device takes for what `work` asks for.
+    ///
+    /// # Errors
+    /// What `work` gives, or a kernel that failed.
+    pub fn time(&self, mut work: impl FnMut() -> Result<(), CudaError>) -> Result<f64, CudaError> {
+        self.driver.time(&mut work)
     }
 }
