@@ -206,6 +206,18 @@ impl Device {
         self.driver.product(&Product { tf32: self.tf32.get(), ..*p }, a, b, d, bias)
     }
 
+    /// A product whose f32 operands are not rounded to tf32, whatever the precision.
+    pub(crate) fn product_exact(
+        &self,
+        p: &Product,
+        a: View,
+        b: View,
+        d: View,
+        bias: Option<View>,
+    ) -> Result<(), CudaError> {
+        self.driver.product(&Product { tf32: false, ..*p }, a, b, d, bias)
+    }
+
     pub(crate) fn convolution(&self, pass: ConvPass, d: &Conv2d, x: View, w: View, y: View) -> Result<(), CudaError> {
         self.driver.convolution(pass, d, x, w, y, self.tf32.get())
     }
