@@ -299,9 +299,9 @@ fn layer_norm_vjp(dev: &Device, d: &Norm, io: Vjp<'_>) -> Result<(), CudaError> 
         let (partials, shape, lanes) = (scratch(blocks)?, Shape::row(blocks, LAYER_THREADS as u32), lanes as i32);
         let name = if kind == 0 { "layer_norm_vjp" } else { "layer_norm_vjp_any" };
         let mut arguments = Arguments::default();
-        [x, gamma, dy, dx, mean, rstd, partials].map(|view| arguments.push(view));
+        [x, gamma, dy, dx, mean, rstd, partials].into_iter().for_each(|view| arguments.push(view));
         arguments.push(rows);
-        [c, lanes, accumulate].map(|value| arguments.push(value));
+        [c, lanes, accumulate].into_iter().for_each(|value| arguments.push(value));
         dev.launch(Kernel { file: "layer_norm", name }, shape, arguments)?;
         (partials, blocks)
     } else {
