@@ -19,8 +19,8 @@ use crate::ops::columns::Sum;
 use crate::ops::elementwise;
 use crate::view::{Element, Forward, Grad, View, Vjp};
 use conv::Then;
-pub(crate) use weights::{Weights, refresh_weights};
 use weights::{Fold, Layout, weights as copied};
+pub(crate) use weights::{Weights, refresh_weights};
 
 pub(crate) fn forward(dev: &Device, op: &Op, io: Forward<'_>) -> Result<(), CudaError> {
     if io.out.len == 0 {
@@ -105,14 +105,7 @@ fn product_into(dev: &Device, p: Product, a: View, b: View, to: Grad) -> Result<
 }
 
 /// y = x wᵀ + bias, a bias of y's type.
-fn layer(
-    dev: &Device,
-    d: &Linear,
-    operand: &Operand,
-    bias: Option<View>,
-    x: View,
-    out: View,
-) -> Result<(), CudaError> {
+fn layer(dev: &Device, d: &Linear, operand: &Operand, bias: Option<View>, x: View, out: View) -> Result<(), CudaError> {
     let element = common(&[x, out]);
     let x = cast(dev, x, element)?;
     let w = operand.weights(dev, element, Layout::plain(d.c_in))?;
