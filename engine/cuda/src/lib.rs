@@ -9,12 +9,14 @@
 //! * [`Cuda`] is the [`Backend`](mcpipe_graph::Backend) that an executor walks with.
 
 mod backend;
+pub mod batch;
 mod device;
 mod driver;
 mod error;
 mod launch;
 mod library;
 mod ops;
+pub mod optim;
 mod store;
 mod view;
 
