@@ -27,8 +27,7 @@ pub enum Library {
 
 impl Library {
     /// All, in the order that they are needed.
-    pub const ALL: [Library; 5] =
-        [Library::Driver, Library::Nvrtc, Library::CublasLt, Library::Cudnn, Library::Nccl];
+    pub const ALL: [Library; 5] = [Library::Driver, Library::Nvrtc, Library::CublasLt, Library::Cudnn, Library::Nccl];
 
     /// What it is called.
     pub fn name(self) -> &'static str {

@@ -127,7 +127,11 @@ fn compile(file: &str, source: &str, arch: &str) -> Result<Vec<u8>, CudaError> {
         // SAFETY: as above.
         let log = unsafe { nvrtc::get_program_log(program.0) }.unwrap_or_default();
         // SAFETY: NVRTC ends its log with NUL.
-        let log = if log.is_empty() { String::new() } else { unsafe { CStr::from_ptr(log.as_ptr()) }.to_string_lossy().into_owned() };
+        let log = if log.is_empty() {
+            String::new()
+        } else {
+            unsafe { CStr::from_ptr(log.as_ptr()) }.to_string_lossy().into_owned()
+        };
         return Err(CudaError::Compile { file: file.into(), arch: arch.into(), log });
     }
     let mut size = 0;
