@@ -11,6 +11,7 @@
 mod backend;
 pub mod batch;
 mod device;
+pub mod doctor;
 mod driver;
 mod error;
 mod launch;
@@ -21,7 +22,7 @@ mod store;
 mod view;
 
 pub use backend::{Buffer, Cuda, Precision};
-pub use device::{Device, Memory};
+pub use device::{Device, Memory, Recording};
 pub use driver::gpu::{GpuInfo, gpus};
 pub use error::CudaError;
 pub use library::{Library, Place};
