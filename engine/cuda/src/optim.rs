@@ -229,14 +229,24 @@ impl Updater {
         let (shape, averages, count) = (Shape::row(self.all.count, 256), self.averages.1, self.count as i32);
         match self.rule {
             Rule::Adamw { betas: [b1, b2], eps, .. } => {
-                launch!(
-                    dev, "optim", "update_adamw", shape, tensors, all, averages, count, values, found, b1, b2, eps
-                )
+                launch!(dev, "optim", "update_adamw", shape, tensors, all, averages, count, values, found, b1, b2, eps)
             }
             Rule::Sgd { momentum, nesterov, weight_decay: wd } => {
                 let ahead = i32::from(nesterov);
                 launch!(
-                    dev, "optim", "update_sgd", shape, tensors, all, averages, count, values, found, momentum, wd, ahead
+                    dev,
+                    "optim",
+                    "update_sgd",
+                    shape,
+                    tensors,
+                    all,
+                    averages,
+                    count,
+                    values,
+                    found,
+                    momentum,
+                    wd,
+                    ahead
                 )
             }
         }

@@ -247,7 +247,8 @@ fn inputs(kind: &str, element: Element, bar: f32) {
         for (b, s) in samples.iter().enumerate() {
             for (y, x) in (0..input.h).flat_map(|y| (0..input.w).map(move |x| (y, x))) {
                 for c in 0..3 {
-                    let at = |row: usize| picture(&bytes, &images, row, &samples[row], y + input.top, x + input.left, c);
+                    let at =
+                        |row: usize| picture(&bytes, &images, row, &samples[row], y + input.top, x + input.left, c);
                     let other = at(s.partner as usize);
                     let edge = |cells: i32, size: usize| (cells as usize * size + 4) / 8;
                     let inside = kind == "cutmix"

@@ -201,13 +201,36 @@ fn pool_vjp(dev: &Device, d: &AttentionPool, io: Vjp<'_>) -> Result<(), CudaErro
     let (q, kv, probs) = (io.ins[0], io.ins[1], io.saved[0]);
     let sizes = [d.tokens as i32, d.heads as i32, d.head_dim as i32];
     launch!(
-        dev, "attention_pool", "attention_pool_vjp", shape, q, kv, probs, io.dout, to, parts, sizes[0], sizes[1],
-        sizes[2], scale, accumulate
+        dev,
+        "attention_pool",
+        "attention_pool_vjp",
+        shape,
+        q,
+        kv,
+        probs,
+        io.dout,
+        to,
+        parts,
+        sizes[0],
+        sizes[1],
+        sizes[2],
+        scale,
+        accumulate
     )?;
     let Some(dq) = dq else { return Ok(()) };
     let shape = Shape::row(width.div_ceil(32), 256);
     let accumulate = i32::from(dq.accumulate);
-    launch!(dev, "attention_pool", "attention_pool_query", shape, parts, dq.view, d.batch as i32, width as i32, accumulate)
+    launch!(
+        dev,
+        "attention_pool",
+        "attention_pool_query",
+        shape,
+        parts,
+        dq.view,
+        d.batch as i32,
+        width as i32,
+        accumulate
+    )
 }
 
 /// Threads of a separable attention's block.

@@ -131,10 +131,7 @@ fn directions(dev: &Device, d: &Contrastive, ins: &[View], ab: [View; 2]) -> Res
         product(dev, Product::new(rows, cols, d.dim, false, true), a, b, cosines, false)?;
         Ok(Some(Direction { cosines, targets, rows, cols, weight }))
     };
-    Ok([
-        one(d.w_row, ab, [d.rows, d.cols], ins[3])?,
-        one(d.w_col, [ab[1], ab[0]], [d.cols, d.rows], ins[4])?,
-    ])
+    Ok([one(d.w_row, ab, [d.rows, d.cols], ins[3])?, one(d.w_col, [ab[1], ab[0]], [d.cols, d.rows], ins[4])?])
 }
 
 fn contrastive(dev: &Device, d: &Contrastive, ins: &[View], out: View) -> Result<(), CudaError> {
@@ -166,7 +163,20 @@ fn contrastive_vjp(dev: &Device, d: &Contrastive, io: &Vjp<'_>) -> Result<(), Cu
         let (x, p, rows, c) = (way.cosines, way.targets, way.rows as i64, way.cols as i64);
         let (scale, weight) = (ins[2], way.weight / way.rows as f32);
         launch!(
-            dev, "loss", "contrast_rows_vjp", t.shape, x, p, scale, io.dout, parts.view, rows, c, weight, t.wide, t.team
+            dev,
+            "loss",
+            "contrast_rows_vjp",
+            t.shape,
+            x,
+            p,
+            scale,
+            io.dout,
+            parts.view,
+            rows,
+            c,
+            weight,
+            t.wide,
+            t.team
         )?;
         if let Some(ds) = grads[2] {
             parts.finish(dev, 0, 1.0, Grad { view: ds.view, accumulate: ds.accumulate || !first })?;
@@ -277,24 +287,34 @@ pub(crate) fn vjp(dev: &Device, op: &Op, io: Vjp<'_>) -> Result<(), CudaError> {
         Op::Mse => {
             let ((da, add_a), (db, add_b)) = (target(io.grads[0]), target(io.grads[1]));
             let n = x(0).len;
-            return launch!(
-                dev, "loss", "mse_vjp", Shape::eights(n), x(0), x(1), dy, da, db, n as i64, add_a, add_b
-            );
+            return launch!(dev, "loss", "mse_vjp", Shape::eights(n), x(0), x(1), dy, da, db, n as i64, add_a, add_b);
         }
         Op::Cosine { rows, c } => {
             let ((da, add_a), (db, add_b)) = (target(io.grads[0]), target(io.grads[1]));
             let t = Teams::new(*rows, *c);
             let (rows, c) = (*rows as i64, *c as i64);
             return launch!(
-                dev, "loss", "cosine_rows_vjp", t.shape, x(0), x(1), dy, da, db, rows, c, t.wide, t.team, add_a, add_b
+                dev,
+                "loss",
+                "cosine_rows_vjp",
+                t.shape,
+                x(0),
+                x(1),
+                dy,
+                da,
+                db,
+                rows,
+                c,
+                t.wide,
+                t.team,
+                add_a,
+                add_b
             );
         }
         Op::KlRows { rows, .. } => {
             let Some(dq) = io.grads[1] else { return Ok(()) };
             let (n, rows, add) = (x(0).len, *rows as f32, i32::from(dq.accumulate));
-            return launch!(
-                dev, "loss", "kl_rows_vjp", sixteens(n), x(0), x(1), dy, dq.view, n as i64, rows, add
-            );
+            return launch!(dev, "loss", "kl_rows_vjp", sixteens(n), x(0), x(1), dy, dq.view, n as i64, rows, add);
         }
         _ => {}
     }
@@ -317,7 +337,16 @@ pub(crate) fn vjp(dev: &Device, op: &Op, io: Vjp<'_>) -> Result<(), CudaError> {
             let shape = Shape::row(*batch, 256);
             launch!(dev, "loss", "transfer_maps", shape, map, dy, factors, *hw as i64, *c as i64, 1i32)?;
             launch!(
-                dev, "elementwise", "scale_samples", sixteens(to.len), x(0), factors, to, to.len as i64, *c as i64, add
+                dev,
+                "elementwise",
+                "scale_samples",
+                sixteens(to.len),
+                x(0),
+                factors,
+                to,
+                to.len as i64,
+                *c as i64,
+                add
             )
         }
         _ => Err(super::unsupported(op)),
