@@ -11,7 +11,6 @@ struct Sample {
   int grid, first_row, first_column, last_row, last_column;
   // Share of the own image.
   float lambda;
-  int pad[2];
 };
 
 struct Output {

@@ -91,7 +91,7 @@ __device__ __forceinline__ void normalize(const View& x, const View& y, const Vi
   });
 }
 
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 5)
     l2_normalize(View x, View y, View norms, i64 rows, i64 c, int wide, int team) {
   __shared__ float room[32];
   if (wide) normalize<8>(x, y, norms, rows, c, team, room);
@@ -173,7 +173,7 @@ __device__ __forceinline__ void softmax_of(const View& x, const View& y, i64 row
   });
 }
 
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 5)
     softmax_rows(View x, View y, i64 rows, i64 c, float scale, int wide, int team) {
   __shared__ float room[32];
   if (wide) softmax_of<8>(x, y, rows, c, scale, team, room);

@@ -26,14 +26,13 @@ pub struct Sample {
     pub cells: [i32; 4],
     /// Mixup: share of the own image; 1 leaves it as it is. CutMix does not read it.
     pub lambda: f32,
-    pad: [i32; 2],
 }
 
 impl Sample {
     /// Row `row` of a batch, whole and unmixed.
     pub fn plain(row: usize) -> Self {
         let cells = [0; 4];
-        Sample { partner: row as i32, flip: 0, top: 0, left: 0, grid: 0, cells, lambda: 1.0, pad: [0; 2] }
+        Sample { partner: row as i32, flip: 0, top: 0, left: 0, grid: 0, cells, lambda: 1.0 }
     }
 }
 
