@@ -84,10 +84,8 @@ fn version(library: Library, place: &Place) -> String {
 
 fn kernels(capability: u32) -> Result<String, String> {
     let files = compile::files();
-    for file in &files {
-        if file.ends_with("_sm90a") && capability != 90 {
-            continue;
-        }
+    compile::prepare(capability).map_err(|e| e.to_string())?;
+    for file in files.iter().filter(|f| !f.ends_with("_sm90a") || capability == 90) {
         compile::machine_code(file, capability).map_err(|e| e.to_string())?;
     }
     let place = compile::cache_folder().map_or("not cached".into(), |f| format!("cached in {}", f.display()));
