@@ -96,8 +96,8 @@ pub(crate) fn evaluation_view(tower: &BackboneTower) -> (EvalTransform, Normaliz
     let preprocess = tower.backbone.preprocess();
     let view = View::new(tower.image_size, &preprocess);
     // The published crop belongs to the published size; at another size nothing is cut away.
-    let crop_pct = if view.size == preprocess.image_size { f64::from(preprocess.crop_pct) } else { 1.0 };
-    (EvalTransform { size: view.size, crop_pct }, view.normalize)
+    let crop_pct = if tower.image_size == preprocess.image_size { f64::from(preprocess.crop_pct) } else { 1.0 };
+    (EvalTransform { size: view.form.size, crop_pct, filter: view.form.filter }, view.normalize)
 }
 
 impl Model {
