@@ -90,6 +90,21 @@ part [..] memory  weights  parameters   FLOPs
     assert_eq!(plan["stages"].as_array().map(Vec::len), Some(9));
     assert!(plan["steps"][0]["bytes"].as_u64().is_some_and(|bytes| bytes > 1_000_000));
     assert!(plan["models"][0]["taps"].as_array().is_some_and(|taps| !taps.is_empty()));
+    assert!(plan["models"][0].get("note").is_none());
+}
+
+#[test]
+fn plan_says_when_timm_does_not_know_the_sizes() {
+    let bench = Bench::new();
+    let note = "\nstudent (mobilevit_xxs): its sizes are not timm's: timm.create_model(\"mobilevit_xxs\") alone does not build it\n";
+    for (set, noted) in [("features = 64", true), ("heads = 2", true), ("drop_path = 0.1", false)] {
+        let set = format!("student.params={{ {set} }}");
+        let (code, out, err) = bench.output(&["plan", "tiny.toml", "--set", &set]);
+        assert_eq!(code, 0, "{err}");
+        assert_eq!(out.contains(note), noted, "{set}: {out}");
+    }
+    let (_, out, _) = bench.output(&["plan", "tiny.toml", "--set", "student.params.heads=2", "--set", "export.formats=[]"]);
+    assert!(!out.contains("timm.create_model"), "nothing is exported: {out}");
 }
 
 #[test]

@@ -77,6 +77,13 @@ pub struct OpenClipExport {
     pub config: PathBuf,
 }
 
+/// What the user of an export must know where timm does not build the model by its name alone.
+pub fn name_note(backbone: &dyn Backbone) -> Option<String> {
+    let name = backbone.name();
+    (backbone.naming() == Naming::Timm && !backbone.is_published())
+        .then(|| format!("its sizes are not timm's: timm.create_model(\"{name}\") alone does not build it"))
+}
+
 type Tensors<'a> = BTreeMap<String, Entry<'a>>;
 
 /// A dense matrix `[rows, cols]`.

@@ -158,6 +158,15 @@ fn a_linear_projection_is_folded_into_the_head() {
 }
 
 #[test]
+fn sizes_of_ones_own_are_noted() {
+    assert!(name_note(&*small()).is_some_and(|note| note.contains("timm.create_model(\"mobilevit_xxs\")")));
+    // open_clip's configuration holds the sizes of its own tower.
+    assert_eq!(name_note(&*vit()), None);
+    let published = backbone("mobilevit_xxs", &toml::Table::new()).unwrap();
+    assert_eq!(name_note(&*published), None);
+}
+
+#[test]
 fn an_mlp_projection_becomes_open_clips_or_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let (image, encoder) = (small(), text());

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use mcpipe_models::Checkpoint;
-use mcpipe_models::export::{Conversion, Form, convert, described};
+use mcpipe_models::export::{Conversion, Form, convert, described, name_note};
 
 use crate::error::RunError;
 use crate::model::named_backbone;
@@ -61,6 +61,9 @@ pub fn export(source: &ExportSource, form: Form, reparam: bool, output: &Path) -
     };
     if !done.left_out.is_empty() {
         line += &format!("; {} tensors beside the trunk left out", done.left_out.len());
+    }
+    if let Some(note) = name_note(model.as_ref()) {
+        line += &format!("; {note}");
     }
     Ok(line)
 }
