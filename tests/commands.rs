@@ -103,7 +103,8 @@ fn plan_says_when_timm_does_not_know_the_sizes() {
         assert_eq!(code, 0, "{err}");
         assert_eq!(out.contains(note), noted, "{set}: {out}");
     }
-    let (_, out, _) = bench.output(&["plan", "tiny.toml", "--set", "student.params.heads=2", "--set", "export.formats=[]"]);
+    let (_, out, _) =
+        bench.output(&["plan", "tiny.toml", "--set", "student.params.heads=2", "--set", "export.formats=[]"]);
     assert!(!out.contains("timm.create_model"), "nothing is exported: {out}");
 }
 
@@ -189,4 +190,14 @@ mcpipe: error: . holds no exported student; name `timm` in the pipeline's export
     let (code, _, err) = bench.output(&unknown);
     assert_ne!(code, 0);
     assert!(err.contains("did you mean `fastvit_mci"), "{err}");
+    bench.write("w.safetensors", "no tensors");
+    let of_file = ["export", "--weights", "w.safetensors", "--backbone", "fastvit_mci0", "-o", "out.safetensors"];
+    for (args, words) in [
+        (&["export", "none", "-o", "out.safetensors"][..], "none: can't open"),
+        (&["export", "w.safetensors", "-o", "out.safetensors"], "w.safetensors is no weight file"),
+        (&of_file, "w.safetensors is no weight file"),
+    ] {
+        let (code, _, err) = bench.output(args);
+        assert!(code == 2 && err.contains(words), "{args:?}: {code} {err}");
+    }
 }

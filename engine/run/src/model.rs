@@ -109,7 +109,7 @@ impl Model {
     pub fn open(source: &ModelSource, texts: bool) -> Result<Self, RunError> {
         Self::read(source, texts).map_err(|error| match error {
             // The file that the user named is not the one that is wanted.
-            RunError::Weights(error) => RunError::Usage(error.to_string()),
+            RunError::Weights(error) => RunError::of_input(error),
             other => other,
         })
     }
