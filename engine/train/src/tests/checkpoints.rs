@@ -2,11 +2,13 @@
 
 use std::fs;
 
+use super::accumulate::Dropping;
 use super::*;
 
-/// All that makes a resume hard: averages, batch statistics, mixing, parts, a plateau, skipped steps.
+/// All that makes a resume hard: averages, batch statistics, mixing, parts, a plateau, skipped steps, stochastic depth.
 fn hard() -> TrainSetup {
     let mut s = everything(true, training(12, 4, 2));
+    s.model.image = Arc::new(Dropping(ConvTower { path: "visual", channels: 4, batch_norm: true, dim: 6 }));
     s.average = Some(AverageSetup { momentum: 0.8, evaluate: true });
     s.training.clip_norm = Some(0.5);
     let plateau =
