@@ -159,8 +159,7 @@ fn of_run(dir: &Path, texts: bool) -> Result<Model, RunError> {
         return Err(RunError::Usage(format!("{} is no run directory: it has no {SPEC}", dir.display())));
     }
     let text = fs::read_to_string(&spec).map_err(|e| RunError::read(&spec, e))?;
-    // A run writes paths as they are seen from the folder that it was started in.
-    let document = mcpipe_spec::load_text(Path::new(SPEC), &text, &[], &components()).map_err(RunError::Spec)?;
+    let document = mcpipe_spec::load_text(&spec, &text, &[], &components()).map_err(RunError::Spec)?;
     let mut found = Vec::new();
     let models = match Models::resolve(&document, &mut found) {
         Some(models) if found.is_empty() => models,
