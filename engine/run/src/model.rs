@@ -96,8 +96,8 @@ pub(crate) fn evaluation_view(tower: &BackboneTower) -> (EvalTransform, Normaliz
     let preprocess = tower.backbone.preprocess();
     let view = View::new(tower.image_size, &preprocess);
     // The published crop belongs to the published size; at another size nothing is cut away.
-    let crop_pct = if view.size == preprocess.image_size { f64::from(preprocess.crop_pct) } else { 1.0 };
-    (EvalTransform { size: view.size, crop_pct }, view.normalize)
+    let crop_pct = if tower.image_size == preprocess.image_size { f64::from(preprocess.crop_pct) } else { 1.0 };
+    (EvalTransform { size: view.form.size, crop_pct, filter: view.form.filter }, view.normalize)
 }
 
 impl Model {
@@ -109,7 +109,7 @@ impl Model {
     pub fn open(source: &ModelSource, texts: bool) -> Result<Self, RunError> {
         Self::read(source, texts).map_err(|error| match error {
             // The file that the user named is not the one that is wanted.
-            RunError::Weights(error) => RunError::Usage(error.to_string()),
+            RunError::Weights(error) => RunError::of_input(error),
             other => other,
         })
     }
@@ -159,8 +159,7 @@ fn of_run(dir: &Path, texts: bool) -> Result<Model, RunError> {
         return Err(RunError::Usage(format!("{} is no run directory: it has no {SPEC}", dir.display())));
     }
     let text = fs::read_to_string(&spec).map_err(|e| RunError::read(&spec, e))?;
-    // A run writes paths as they are seen from the folder that it was started in.
-    let document = mcpipe_spec::load_text(Path::new(SPEC), &text, &[], &components()).map_err(RunError::Spec)?;
+    let document = mcpipe_spec::load_text(&spec, &text, &[], &components()).map_err(RunError::Spec)?;
     let mut found = Vec::new();
     let models = match Models::resolve(&document, &mut found) {
         Some(models) if found.is_empty() => models,

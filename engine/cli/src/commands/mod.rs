@@ -12,6 +12,8 @@ pub mod plan;
 pub mod run;
 pub mod weights;
 
+use std::path::Path;
+
 use mcpipe_graph::Kernels;
 use mcpipe_run::{EmbedOptions, ModelSource, Pipeline, RunError, Settings, WeightFile, compile};
 use mcpipe_spec::{Document, Style};
@@ -71,6 +73,11 @@ pub fn model<'a>(args: &ModelArgs, paths: &'a [String]) -> Result<(ModelSource, 
         [model, inputs @ ..] => Ok((ModelSource::Described(model.into()), inputs)),
         [] => Err(RunError::Usage("give a run directory or an exported file, or --backbone and --weights".into())),
     }
+}
+
+/// Lines of a file that an option names. One that can't be used is bad usage.
+pub fn lines(file: &Path, what: &'static str) -> Result<Vec<String>, RunError> {
+    mcpipe_data::read_lines(file, what).map_err(|error| RunError::Usage(error.to_string()))
 }
 
 /// Starts the threads that a model is run by, and how it is run.

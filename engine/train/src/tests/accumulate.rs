@@ -52,7 +52,7 @@ fn four_parts_give_the_gradient_of_one() {
 
 /// A residual map with stochastic depth behind another tower.
 #[derive(Clone, Debug)]
-struct Dropping(ConvTower);
+pub(super) struct Dropping(pub ConvTower);
 
 impl ImageTower for Dropping {
     fn image_size(&self) -> usize {
