@@ -281,3 +281,7 @@ pub(crate) fn vjp(dev: &Device, op: &Op, io: Vjp<'_>) -> Result<(), CudaError> {
     }
     Ok(())
 }
+
+#[cfg(all(test, feature = "shim"))]
+#[path = "depthwise_tests.rs"]
+mod tests;

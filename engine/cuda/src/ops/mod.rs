@@ -8,6 +8,8 @@ pub(crate) mod layout;
 pub(crate) mod loss;
 pub(crate) mod norm;
 pub(crate) mod pooling;
+#[cfg(all(test, feature = "shim"))]
+mod testing;
 
 use mcpipe_graph::Op;
 
