@@ -94,7 +94,8 @@ fn batch_norm(rows: usize, c: usize, act: Activation, mean: f32, accumulate: boo
 
 #[test]
 fn batch_norm_matches_the_cpu() {
-    for (i, rows) in [2, 3, 49, 225, 1000].into_iter().enumerate() {
+    // Of few rows dx is what cancellation leaves.
+    for (i, rows) in [7, 12, 49, 225, 1000].into_iter().enumerate() {
         for c in [1, 3, 8, 16, 24, 100, 129, 520] {
             batch_norm(rows, c, [Activation::Identity, Activation::Silu][i % 2], 0.0, i % 2 == 1);
         }
