@@ -126,16 +126,16 @@ fn search(library: Library) -> Result<Place, CudaError> {
     let broken = refused.iter().find(|r| !r.contains("No such file"));
     let reason = broken.map(|r| format!(" ({r})")).unwrap_or_default();
     Err(CudaError::Unavailable(format!(
-        "{} not found: looked for {} by the system's loader and in {}{reason}. {}",
+        "{} not found: looked for {} by the system's loader and in {}{reason}; {}",
         library.name(),
         library.files().join(" and "),
-        if folders.is_empty() { "no CUDA folder".to_owned() } else { list(&folders) },
+        list(&folders),
         library.advice(),
     )))
 }
 
 fn list(folders: &[PathBuf]) -> String {
-    let shown: Vec<String> = folders.iter().take(6).map(|f| f.display().to_string()).collect();
+    let shown: Vec<String> = folders.iter().take(3).map(|f| f.display().to_string()).collect();
     let more = folders.len().saturating_sub(shown.len());
     if more > 0 { format!("{} and {more} more folders", shown.join(", ")) } else { shown.join(", ") }
 }
@@ -147,12 +147,33 @@ fn open(path: &Path) -> Result<(), String> {
         use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
         // SAFETY: NVIDIA's libraries do nothing but set themselves up when loaded.
         let opened = unsafe { Library::open(Some(path), RTLD_NOW | RTLD_GLOBAL) };
-        opened.map(std::mem::forget).map_err(|e| e.to_string())
+        opened.map(std::mem::forget).map_err(|e| reason(&e))
     }
     #[cfg(not(unix))]
     {
         // SAFETY: as above.
-        unsafe { libloading::Library::new(path) }.map(std::mem::forget).map_err(|e| e.to_string())
+        unsafe { libloading::Library::new(path) }.map(std::mem::forget).map_err(|e| reason(&e))
+    }
+}
+
+/// The loader's own words.
+fn reason(e: &libloading::Error) -> String {
+    std::error::Error::source(e).map_or_else(|| e.to_string(), ToString::to_string)
+}
+
+/// NCCL's version, once it was found at `place`.
+pub(crate) fn nccl_version(place: &Place) -> Option<String> {
+    let path = match place {
+        Place::Loader(name) => PathBuf::from(name),
+        Place::File(path) => path.clone(),
+    };
+    let mut v = 0i32;
+    // SAFETY: the library is loaded already; ncclGetVersion writes one int and returns 0 when it did.
+    unsafe {
+        let library = libloading::Library::new(path).ok()?;
+        let get: libloading::Symbol<'_, unsafe extern "C" fn(*mut i32) -> i32> =
+            library.get(b"ncclGetVersion\0").ok()?;
+        (get(&mut v) == 0).then(|| format!("{}.{}.{}", v / 10_000, v / 100 % 100, v % 100))
     }
 }
 

@@ -8,17 +8,9 @@ use cudarc::nvrtc::{result as nvrtc, sys};
 use crate::error::CudaError;
 use crate::library::{self, Library};
 
-macro_rules! sources {
-    ($($name:literal),* $(,)?) => {
-        &[$(($name, include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../../kernels/", $name)))),*]
-    };
-}
-
-/// Headers that the kernel files include.
-const HEADERS: &[(&str, &str)] = sources!["common.cuh", "activation.cuh"];
-
-/// Kernel files. A file whose name ends in `_sm90a` uses what only compute capability 9.0 has.
-const FILES: &[(&str, &str)] = sources!["elementwise.cu"];
+// HEADERS and FILES: name and text of each file of `kernels/`. A file whose name ends in `_sm90a` uses what only compute
+// capability 9.0 has.
+include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 
 /// Options besides the architecture; part of the cache's key.
 const OPTIONS: &[&str] = &["--std=c++17", "--device-int128", "--restrict"];
@@ -61,21 +53,30 @@ pub(crate) fn nvrtc_version() -> String {
     format!("{major}.{minor}")
 }
 
-fn cache_file(file: &str, arch: &str, source: &str) -> Option<PathBuf> {
-    let folder = match std::env::var_os("MCPIPE_CACHE_DIR") {
-        Some(folder) => PathBuf::from(folder),
-        None => match std::env::var_os("XDG_CACHE_HOME") {
-            Some(folder) => PathBuf::from(folder).join("mcpipe"),
-            None => PathBuf::from(std::env::var_os("HOME")?).join(".cache/mcpipe"),
-        },
+/// Names of the kernel files, without their ending.
+pub(crate) fn files() -> Vec<&'static str> {
+    FILES.iter().filter_map(|(name, _)| name.strip_suffix(".cu")).collect()
+}
+
+/// Where compiled kernels are kept: below `MCPIPE_CACHE_DIR`, else the user's cache folder; none without a home.
+pub(crate) fn cache_folder() -> Option<PathBuf> {
+    let folder = match (std::env::var_os("MCPIPE_CACHE_DIR"), std::env::var_os("XDG_CACHE_HOME")) {
+        (Some(folder), _) => PathBuf::from(folder),
+        (None, Some(folder)) => PathBuf::from(folder).join("mcpipe"),
+        (None, None) => PathBuf::from(std::env::var_os("HOME")?).join(".cache/mcpipe"),
     };
+    Some(folder.join("kernels"))
+}
+
+fn cache_file(file: &str, arch: &str, source: &str) -> Option<PathBuf> {
+    let folder = cache_folder()?;
     let mut hash = blake3::Hasher::new();
     for (name, text) in HEADERS.iter().chain([&(file, source)]) {
         hash.update(name.as_bytes()).update(&(text.len() as u64).to_le_bytes()).update(text.as_bytes());
     }
     hash.update(format!("{arch} {OPTIONS:?} {:?}", version()).as_bytes());
     let hash = hash.finalize().to_hex();
-    Some(folder.join("kernels").join(format!("{file}-{arch}-{}.cubin", &hash[..16])))
+    Some(folder.join(format!("{file}-{arch}-{}.cubin", &hash[..16])))
 }
 
 fn keep(path: &std::path::Path, code: &[u8]) -> std::io::Result<()> {

@@ -331,6 +331,6 @@ fn layer_norm_vjp(dev: &Device, d: &Norm, io: Vjp<'_>) -> Result<(), CudaError> 
     merge_sums(dev, sums, View::none(), rstd, gamma, 0.0)
 }
 
-#[cfg(all(test, feature = "shim"))]
+#[cfg(test)]
 #[path = "norm_tests.rs"]
 mod tests;

@@ -1,13 +1,21 @@
-//! Runs one op on the shim, for the tests beside the ops.
+//! Runs one op on the shim or a GPU, for the tests beside the ops.
 
 use mcpipe_graph::Op;
 
 use crate::device::{Device, Memory};
 use crate::view::{Element, Forward, Grad, View, Vjp};
 
-/// The shim, or none where its library isn't named.
+/// The shim where its library is named, a GPU where that is asked for.
 pub(crate) fn device() -> Option<Device> {
-    std::env::var_os("MCPIPE_SHIM").map(|_| Device::shim().expect("the library of kernels loads"))
+    #[cfg(feature = "shim")]
+    if std::env::var_os("MCPIPE_SHIM").is_some() {
+        return Some(Device::shim().expect("the library of kernels loads"));
+    }
+    if std::env::var_os("MCPIPE_TEST_GPU").is_some() {
+        return Some(Device::open(0).expect("a GPU answers"));
+    }
+    eprintln!("skipped: neither MCPIPE_SHIM nor MCPIPE_TEST_GPU is set");
+    None
 }
 
 /// `n` values between −1 and 1.
@@ -51,7 +59,9 @@ impl Held {
 
     /// Holding NaN.
     pub(crate) fn empty(dev: &Device, len: usize, element: Element) -> Self {
-        Held { memory: dev.alloc(len * element.bytes()).expect("memory"), len, element }
+        let held = Held { memory: dev.alloc(len * element.bytes()).expect("memory"), len, element };
+        dev.fill(held.view(), 0xff).expect("memory is filled");
+        held
     }
 
     pub(crate) fn view(&self) -> View {
