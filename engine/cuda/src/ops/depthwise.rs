@@ -157,7 +157,11 @@ fn square_flipped(
             (name, i32::from(!long), if long { 7 } else { 4 }, 2)
         }
     };
-    let fits = if d.kh == 3 && other.is_none() { 5 } else { 3 };
+    let fits = match name {
+        "depthwise_3" => 5,
+        "depthwise_7_other" => 2,
+        _ => 3,
+    };
     let blocks = d.blocks(dev, rows, columns, tiles, fits);
     let mut arguments = Arguments::default();
     views.into_iter().for_each(|view| arguments.push(view));
@@ -281,3 +285,7 @@ pub(crate) fn vjp(dev: &Device, op: &Op, io: Vjp<'_>) -> Result<(), CudaError> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+#[path = "depthwise_tests.rs"]
+mod tests;

@@ -11,6 +11,8 @@ pub(crate) mod loss;
 pub(crate) mod norm;
 pub(crate) mod pooling;
 #[cfg(test)]
+mod testing;
+#[cfg(test)]
 mod tests;
 
 use mcpipe_graph::Op;
