@@ -259,6 +259,9 @@ impl Backend for Cuda {
             view(running_mean),
             view(running_var),
         );
+        // Weights that they are folded into follow.
+        self.device.weights_changed(view(running_mean));
+        self.device.weights_changed(view(running_var));
         self.device.release_scratch();
         self.note(ran);
     }
