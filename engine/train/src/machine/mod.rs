@@ -1,0 +1,110 @@
+//! What runs a training's steps: the CPU on the training's own state, or a device on a copy of it.
+
+mod cpu;
+mod cuda;
+
+use std::fmt::Debug;
+use std::rc::Rc;
+
+use mcpipe_graph::ParamStore;
+
+use crate::batch::Batch;
+use crate::compute::Compute;
+use crate::ema::Average;
+use crate::error::{Origin, TrainError};
+use crate::graphs::Graphs;
+use crate::optim::OptimizerState;
+use crate::setup::TrainSetup;
+use crate::step::Values;
+
+pub(crate) use cpu::CpuMachine;
+pub(crate) use cuda::CudaMachine;
+
+/// What a training changes, on the host. With a device it is the state at the last [`Machine::sync`].
+#[derive(Debug)]
+pub(crate) struct State {
+    pub store: ParamStore,
+    pub averages: Vec<Average>,
+    pub optimizer: OptimizerState,
+    /// Which parameters a gradient can reach.
+    pub trained: Vec<bool>,
+    /// Which are running statistics.
+    pub running: Vec<bool>,
+}
+
+impl State {
+    /// Trained parameters and running statistics: what averages follow.
+    pub fn moving(&self) -> Vec<bool> {
+        self.trained.iter().zip(&self.running).map(|(t, r)| *t || *r).collect()
+    }
+
+    /// The average that is a teacher's weights.
+    pub fn average(&self, name: &str) -> Option<&ParamStore> {
+        self.averages.iter().find(|a| a.name == name).map(|a| &a.store)
+    }
+}
+
+/// What changes from step to step besides the batch.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct At<'a> {
+    /// Steps done.
+    pub step: u64,
+    /// Weights of the terms in slot order.
+    pub weights: &'a [f64],
+    /// Learning rate.
+    pub lr: f64,
+    /// Momenta of the averages, in their order.
+    pub momenta: &'a [f64],
+}
+
+/// How a step went.
+#[derive(Clone, Debug)]
+pub(crate) struct Done {
+    pub values: Values,
+    /// Norm of the gradient of all trained parameters; NaN where a loss is not finite.
+    pub grad_norm: f64,
+    /// Whether losses and gradients were finite, so that the parameters were updated. Where not, nothing was changed.
+    pub updated: bool,
+}
+
+/// Runs steps.
+pub(crate) trait Machine: Debug {
+    /// One step on `batch`.
+    ///
+    /// # Errors
+    /// A batch that does not fit, or a node that fails.
+    fn step(&mut self, state: &mut State, batch: &Batch, at: At<'_>) -> Result<Done, TrainError>;
+
+    /// The name of the first loss term or parameter that was not finite in the last step.
+    fn blame(&self, state: &State, values: &Values, weights: &[f64]) -> Origin;
+
+    /// Runs the batch again, watching every value, to name what left the finite range first. Changes nothing in `state`.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
+    fn diagnose(&mut self, state: &mut State, batch: &Batch, at: At<'_>) -> Result<Origin, TrainError>;
+
+    /// Brings `state` up to date.
+    ///
+    /// # Errors
+    /// A device that fails.
+    fn sync(&mut self, state: &mut State) -> Result<(), TrainError>;
+
+    /// Goes on from `state`.
+    ///
+    /// # Errors
+    /// A device that fails.
+    fn load(&mut self, state: &State) -> Result<(), TrainError>;
+}
+
+/// The machine that a setup asks for.
+pub(crate) fn machine(
+    setup: &Rc<TrainSetup>,
+    graphs: Graphs,
+    state: &State,
+) -> Result<Box<dyn Machine>, TrainError> {
+    Ok(match &setup.compute {
+        Compute::Cpu(kernels) => Box::new(CpuMachine::new(Rc::clone(setup), graphs, &state.store, *kernels)?),
+        Compute::Cuda(device) => Box::new(CudaMachine::new(Rc::clone(setup), graphs, state, device)?),
+    })
+}
