@@ -163,6 +163,10 @@ impl Backend for Cuda {
         Ok(bytes.iter().map(slice).collect())
     }
 
+    fn settle(&self) {
+        self.note(self.device.synchronize());
+    }
+
     fn begin(&mut self, _: &StepGraph) -> Result<(), BackendError> {
         let ran = ops::dense::refresh_weights(&self.device);
         self.end("weights", "", ran)

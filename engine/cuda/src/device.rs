@@ -5,6 +5,7 @@ use std::rc::Rc;
 
 use mcpipe_cpu::conv::Conv2d;
 
+use crate::driver::gpu::Gpu;
 use crate::driver::{ConvPass, Driver, Product};
 use crate::error::CudaError;
 use crate::launch::{Arguments, Kernel, Shape};
@@ -57,8 +58,17 @@ impl Device {
     ///
     /// # Errors
     /// [`CudaError::Unavailable`]: no driver, no such device, a library that is missing.
-    pub fn open(_index: usize) -> Result<Self, CudaError> {
-        Err(CudaError::Unavailable("no GPU driver yet".into()))
+    pub fn open(index: usize) -> Result<Self, CudaError> {
+        Ok(Device::from_driver(Rc::new(Gpu::open(index)?)))
+    }
+
+    /// The CPU, on the library of kernels that `MCPIPE_SHIM` names (`tests/kernels/run` builds it). For tests.
+    ///
+    /// # Errors
+    /// [`CudaError::Unavailable`]: no such library.
+    #[cfg(feature = "shim")]
+    pub fn shim() -> Result<Self, CudaError> {
+        Ok(Device::from_driver(Rc::new(crate::driver::shim::Shim::from_env()?)))
     }
 
     /// What it is, for messages.
@@ -106,7 +116,11 @@ impl Device {
             held[i] = self.alloc(bytes)?;
         }
         self.taken.set(i + 1);
-        Ok(held[i].view(len, element))
+        let view = held[i].view(len, element);
+        // In tests, NaN instead of what the last op left there.
+        #[cfg(feature = "shim")]
+        self.fill(view, 0xff)?;
+        Ok(view)
     }
 
     /// Whether products may round f32 operands to tf32.
@@ -193,5 +207,46 @@ impl Device {
     /// A kernel that failed.
     pub fn synchronize(&self) -> Result<(), CudaError> {
         self.driver.synchronize()
+    }
+
+    /// Seconds that the device takes for what `work` asks for.
+    ///
+    /// # Errors
+    /// What `work` gives, or a kernel that failed.
+    pub fn time(&self, mut work: impl FnMut() -> Result<(), CudaError>) -> Result<f64, CudaError> {
+        self.driver.time(&mut work)
+    }
+
+    /// Records what `work` asks for as a CUDA graph instead of doing it; none where the device can't record (then nothing
+    /// was done). Within `work` nothing may be allocated, uploaded or downloaded: run it once before.
+    ///
+    /// # Errors
+    /// What `work` gives, or a call that can't be recorded.
+    pub fn record(&self, work: impl FnOnce() -> Result<(), CudaError>) -> Result<Option<Recording>, CudaError> {
+        if !self.driver.begin_capture()? {
+            return Ok(None);
+        }
+        let ran = work();
+        // Also after a failure: the stream must leave the recording.
+        let id = self.driver.end_capture();
+        ran?;
+        Ok(Some(Recording { driver: Rc::clone(&self.driver), id: id? }))
+    }
+}
+
+/// Recorded work, to be done again and again on the same memory.
+#[derive(Clone, Debug)]
+pub struct Recording {
+    driver: Rc<dyn Driver>,
+    id: usize,
+}
+
+impl Recording {
+    /// Does it.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    pub fn replay(&self) -> Result<(), CudaError> {
+        self.driver.replay(self.id)
     }
 }

@@ -10,15 +10,19 @@
 
 mod backend;
 mod device;
+pub mod doctor;
 mod driver;
 mod error;
 mod launch;
+mod library;
 mod ops;
 mod store;
 mod view;
 
 pub use backend::{Buffer, Cuda, Precision};
-pub use device::{Device, Memory};
+pub use device::{Device, Memory, Recording};
+pub use driver::gpu::{GpuInfo, gpus};
 pub use error::CudaError;
+pub use library::{Library, Place};
 pub use store::{Gradients, Parameters};
 pub use view::{Address, Element, View};
