@@ -2,15 +2,15 @@
 
 use std::rc::Rc;
 
-use mcpipe_cpu::optim::{scale_in_place, sum_of_squares};
+use mcpipe_cpu::optim::sum_of_squares;
 use mcpipe_graph::{Cpu, Grads, Kernels, Param, ParamStore, Precision};
 
-use super::{At, Done, Machine, State};
+use super::{At, Done, Machine, State, apply};
 use crate::batch::Batch;
 use crate::ema::Average;
 use crate::error::{Origin, TrainError};
 use crate::graphs::Graphs;
-use crate::setup::{LOGIT_SCALE, MAX_LOGIT_SCALE, TeacherModel, TrainSetup};
+use crate::setup::{TeacherModel, TrainSetup};
 use crate::step::{Step, Values, Weights, scale_of};
 
 /// The CPU.
@@ -91,27 +91,6 @@ impl CpuMachine {
             p.data.clone_from(kept);
         }
     }
-
-    /// Clips, updates the weights, clamps the logit scale, moves the averages.
-    fn apply(&mut self, state: &mut State, at: At<'_>, grad_norm: f64) {
-        let setup = &self.step.setup;
-        if let Some(most) = setup.training.clip_norm.filter(|most| grad_norm > *most) {
-            let factor = (most / (grad_norm + 1e-6)) as f32;
-            for (g, _) in self.grads.all_mut().iter_mut().zip(&state.trained).filter(|(_, t)| **t) {
-                scale_in_place(g, factor);
-            }
-        }
-        state.optimizer.update(setup.optimizer.as_ref(), at.lr, &mut state.store, &self.grads);
-        if let Some(scale) = state.store.get_mut(LOGIT_SCALE) {
-            for v in &mut scale.data {
-                *v = v.min(MAX_LOGIT_SCALE.ln() as f32);
-            }
-        }
-        let moving = state.moving();
-        for (average, momentum) in state.averages.iter_mut().zip(at.momenta) {
-            average.update(&state.store, &moving, *momentum);
-        }
-    }
 }
 
 impl Machine for CpuMachine {
@@ -127,7 +106,7 @@ impl Machine for CpuMachine {
         let grad_norm = squares.sqrt();
         let updated = grad_norm.is_finite();
         if updated {
-            self.apply(state, at, grad_norm);
+            apply(&self.step.setup, state, &mut self.grads, at, grad_norm);
         } else {
             self.put_back_running(state);
         }

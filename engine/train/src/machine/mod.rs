@@ -6,7 +6,8 @@ mod cuda;
 use std::fmt::Debug;
 use std::rc::Rc;
 
-use mcpipe_graph::ParamStore;
+use mcpipe_cpu::optim::scale_in_place;
+use mcpipe_graph::{Grads, ParamStore};
 
 use crate::batch::Batch;
 use crate::compute::Compute;
@@ -14,7 +15,7 @@ use crate::ema::Average;
 use crate::error::{Origin, TrainError};
 use crate::graphs::Graphs;
 use crate::optim::OptimizerState;
-use crate::setup::TrainSetup;
+use crate::setup::{LOGIT_SCALE, MAX_LOGIT_SCALE, TrainSetup};
 use crate::step::Values;
 
 pub(crate) use cpu::CpuMachine;
@@ -36,11 +37,6 @@ impl State {
     /// Trained parameters and running statistics: what averages follow.
     pub fn moving(&self) -> Vec<bool> {
         self.trained.iter().zip(&self.running).map(|(t, r)| *t || *r).collect()
-    }
-
-    /// The average that is a teacher's weights.
-    pub fn average(&self, name: &str) -> Option<&ParamStore> {
-        self.averages.iter().find(|a| a.name == name).map(|a| &a.store)
     }
 }
 
@@ -107,4 +103,24 @@ pub(crate) fn machine(
         Compute::Cpu(kernels) => Box::new(CpuMachine::new(Rc::clone(setup), graphs, &state.store, *kernels)?),
         Compute::Cuda(device) => Box::new(CudaMachine::new(Rc::clone(setup), graphs, state, device)?),
     })
+}
+
+/// Clips, updates the weights, clamps the logit scale, moves the averages.
+fn apply(setup: &TrainSetup, state: &mut State, grads: &mut Grads, at: At<'_>, grad_norm: f64) {
+    if let Some(most) = setup.training.clip_norm.filter(|most| grad_norm > *most) {
+        let factor = (most / (grad_norm + 1e-6)) as f32;
+        for (g, _) in grads.all_mut().iter_mut().zip(&state.trained).filter(|(_, t)| **t) {
+            scale_in_place(g, factor);
+        }
+    }
+    state.optimizer.update(setup.optimizer.as_ref(), at.lr, &mut state.store, grads);
+    if let Some(scale) = state.store.get_mut(LOGIT_SCALE) {
+        for v in &mut scale.data {
+            *v = v.min(MAX_LOGIT_SCALE.ln() as f32);
+        }
+    }
+    let moving = state.moving();
+    for (average, momentum) in state.averages.iter_mut().zip(at.momenta) {
+        average.update(&state.store, &moving, *momentum);
+    }
 }
