@@ -3,7 +3,8 @@
 use crate::driver::blas::Blas;
 use crate::driver::compile;
 use crate::driver::dnn::Dnn;
-use crate::driver::gpu::{LEAST_CAPABILITY, driver_version, gpus};
+use crate::driver::gpu::{GpuInfo, LEAST_CAPABILITY, driver_version, gpus};
+use crate::error::CudaError;
 use crate::library::{self, Library, Place};
 
 /// One thing that was looked for.
@@ -17,6 +18,24 @@ pub struct Finding {
     pub required: bool,
     /// Version and place, or what is missing and how to get it.
     pub text: String,
+}
+
+/// The first GPU, where it and all that is required are there. Quick: compiles nothing.
+///
+/// # Errors
+/// [`CudaError::Unavailable`]: what is missing first.
+pub fn first_gpu() -> Result<GpuInfo, CudaError> {
+    library::load(Library::Driver)?;
+    let gpu = gpus()?.into_iter().next().ok_or_else(|| CudaError::Unavailable("the driver sees no GPU".into()))?;
+    if gpu.capability < LEAST_CAPABILITY {
+        let (have, least) = (f64::from(gpu.capability) / 10.0, f64::from(LEAST_CAPABILITY) / 10.0);
+        let text = format!("{} has compute capability {have:.1}, {least:.1} is needed", gpu.name);
+        return Err(CudaError::Unavailable(text));
+    }
+    for library in Library::ALL.into_iter().filter(|l| *l != Library::Nccl) {
+        library::load(library)?;
+    }
+    Ok(gpu)
 }
 
 /// Looks for the driver, its GPUs and the libraries, and compiles the kernels for the first GPU (the newest known

@@ -23,6 +23,7 @@ pub mod distill;
 mod ema;
 mod encoder;
 mod error;
+mod forward;
 mod graphs;
 mod inputs;
 mod machine;

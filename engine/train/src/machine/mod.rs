@@ -19,7 +19,7 @@ use crate::setup::{LOGIT_SCALE, MAX_LOGIT_SCALE, TrainSetup};
 use crate::step::Values;
 
 pub(crate) use cpu::CpuMachine;
-pub(crate) use cuda::CudaMachine;
+pub(crate) use cuda::{CudaMachine, precision};
 
 /// What a training changes, on the host. With a device it is the state at the last [`Machine::sync`].
 #[derive(Debug)]
