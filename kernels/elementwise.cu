@@ -158,7 +158,7 @@ __device__ __forceinline__ void scale_channels_rows(const View& x, const View& d
 }
 
 // dx (+)= dy·s and the partial sums of ds = Σ_rows dy·x; see columns.cuh
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 2)
     scale_channels_vjp(View x, View dy, View s, View dx, Columns d, int accumulate) {
   __shared__ float room[256 * 8];
   if (d.wide) scale_channels_rows<8>(x, dy, s, dx, d, accumulate, room);

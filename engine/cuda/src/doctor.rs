@@ -66,8 +66,7 @@ pub fn examine() -> Vec<Finding> {
                     for g in gpus {
                         let (major, minor) = (g.capability / 10, g.capability % 10);
                         let memory = g.memory as f64 / f64::from(1 << 30);
-                        let text =
-                            format!("{}, compute capability {major}.{minor}, {memory:.1} GiB", g.name);
+                        let text = format!("{}, compute capability {major}.{minor}, {memory:.1} GiB", g.name);
                         let usable = g.capability >= LEAST_CAPABILITY;
                         capability = capability.or(usable.then_some(g.capability));
                         let least = LEAST_CAPABILITY / 10;

@@ -22,7 +22,7 @@ pub enum Kind {
 /// The layout must be that of the C++ parameter.
 pub unsafe trait Argument: Copy {
     /// What it is.
-    const KIND: Kind;
+    const KIND: Kind = Kind::Struct;
 }
 
 macro_rules! arguments {

@@ -9,6 +9,7 @@
 //! * [`Cuda`] is the [`Backend`](mcpipe_graph::Backend) that an executor walks with.
 
 mod backend;
+pub mod batch;
 mod device;
 pub mod doctor;
 mod driver;
@@ -16,6 +17,7 @@ mod error;
 mod launch;
 mod library;
 mod ops;
+pub mod optim;
 mod store;
 mod view;
 

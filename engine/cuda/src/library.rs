@@ -27,8 +27,7 @@ pub enum Library {
 
 impl Library {
     /// All, in the order that they are needed.
-    pub const ALL: [Library; 5] =
-        [Library::Driver, Library::Nvrtc, Library::CublasLt, Library::Cudnn, Library::Nccl];
+    pub const ALL: [Library; 5] = [Library::Driver, Library::Nvrtc, Library::CublasLt, Library::Cudnn, Library::Nccl];
 
     /// What it is called.
     pub fn name(self) -> &'static str {
@@ -172,7 +171,8 @@ pub(crate) fn nccl_version(place: &Place) -> Option<String> {
     // SAFETY: the library is loaded already; ncclGetVersion writes one int and returns 0 when it did.
     unsafe {
         let library = libloading::Library::new(path).ok()?;
-        let get: libloading::Symbol<'_, unsafe extern "C" fn(*mut i32) -> i32> = library.get(b"ncclGetVersion\0").ok()?;
+        let get: libloading::Symbol<'_, unsafe extern "C" fn(*mut i32) -> i32> =
+            library.get(b"ncclGetVersion\0").ok()?;
         (get(&mut v) == 0).then(|| format!("{}.{}.{}", v / 10_000, v / 100 % 100, v % 100))
     }
 }

@@ -177,8 +177,7 @@ impl Blas {
         for (i, (layout, (rows, cols))) in layouts.iter_mut().zip(shapes).enumerate() {
             let kind = data_type(if i == 2 { output } else { input })?;
             let at = places[i];
-            *layout =
-                lt::create_matrix_layout(kind, cols as u64, rows as u64, key.ld[at] as i64).map_err(fail)?;
+            *layout = lt::create_matrix_layout(kind, cols as u64, rows as u64, key.ld[at] as i64).map_err(fail)?;
             use sys::cublasLtMatrixLayoutAttribute_t as L;
             if key.batch > 1 {
                 let (count, stride) = (key.batch as i32, key.stride[at] as i64);
@@ -215,8 +214,7 @@ impl Blas {
             let room = P::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
             lt::set_matmul_pref_attribute(pref, room, (&raw const bytes).cast(), size_of::<usize>()).map_err(fail)?;
             for (attr, align) in aligns {
-                lt::set_matmul_pref_attribute(pref, attr, (&raw const align).cast(), size_of::<u32>())
-                    .map_err(fail)?;
+                lt::set_matmul_pref_attribute(pref, attr, (&raw const align).cast(), size_of::<u32>()).map_err(fail)?;
             }
             let [x, y, z] = layouts;
             let found = lt::get_matmul_algo_heuristic(self.handle, desc, x, y, z, z, pref);

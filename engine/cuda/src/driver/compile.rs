@@ -8,17 +8,9 @@ use cudarc::nvrtc::{result as nvrtc, sys};
 use crate::error::CudaError;
 use crate::library::{self, Library};
 
-macro_rules! sources {
-    ($($name:literal),* $(,)?) => {
-        &[$(($name, include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../../kernels/", $name)))),*]
-    };
-}
-
-/// Headers that the kernel files include.
-const HEADERS: &[(&str, &str)] = sources!["common.cuh", "activation.cuh"];
-
-/// Kernel files. A file whose name ends in `_sm90a` uses what only compute capability 9.0 has.
-const FILES: &[(&str, &str)] = sources!["elementwise.cu"];
+// HEADERS and FILES: name and text of each file of `kernels/`. A file whose name ends in `_sm90a` uses what only compute
+// capability 9.0 has.
+include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 
 /// Options besides the architecture; part of the cache's key.
 const OPTIONS: &[&str] = &["--std=c++17", "--device-int128", "--restrict"];
@@ -136,7 +128,11 @@ fn compile(file: &str, source: &str, arch: &str) -> Result<Vec<u8>, CudaError> {
         // SAFETY: as above.
         let log = unsafe { nvrtc::get_program_log(program.0) }.unwrap_or_default();
         // SAFETY: NVRTC ends its log with NUL.
-        let log = if log.is_empty() { String::new() } else { unsafe { CStr::from_ptr(log.as_ptr()) }.to_string_lossy().into_owned() };
+        let log = if log.is_empty() {
+            String::new()
+        } else {
+            unsafe { CStr::from_ptr(log.as_ptr()) }.to_string_lossy().into_owned()
+        };
         return Err(CudaError::Compile { file: file.into(), arch: arch.into(), log });
     }
     let mut size = 0;

@@ -142,8 +142,8 @@ impl Gpu {
         let context = unsafe { cuda::primary_ctx::retain(device) }.map_err(|e| failed("starting the GPU", e))?;
         // SAFETY: the context was just retained.
         unsafe { cuda::ctx::set_current(context) }.map_err(|e| failed("cuCtxSetCurrent", e))?;
-        let stream = cuda::stream::create(cuda::stream::StreamKind::NonBlocking)
-            .map_err(|e| failed("cuStreamCreate", e))?;
+        let stream =
+            cuda::stream::create(cuda::stream::StreamKind::NonBlocking).map_err(|e| failed("cuStreamCreate", e))?;
         let processors = attribute(device, sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
         Ok(Gpu {
             name: format!("GPU {index}: {}", info.name),
@@ -272,8 +272,7 @@ impl Driver for Gpu {
 
     fn copy(&self, from: Address, to: Address, bytes: usize) -> Result<(), CudaError> {
         // SAFETY: the caller answers for both ranges.
-        unsafe { cuda::memcpy_dtod_async(to, from, bytes, self.stream) }
-            .map_err(|e| failed("a copy within the GPU", e))
+        unsafe { cuda::memcpy_dtod_async(to, from, bytes, self.stream) }.map_err(|e| failed("a copy within the GPU", e))
     }
 
     fn fill(&self, to: Address, byte: u8, bytes: usize) -> Result<(), CudaError> {
@@ -331,9 +330,8 @@ impl Driver for Gpu {
     }
 
     fn time(&self, work: &mut dyn FnMut() -> Result<(), CudaError>) -> Result<f64, CudaError> {
-        let event = || {
-            cuda::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT).map_err(|e| failed("cuEventCreate", e))
-        };
+        let event =
+            || cuda::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT).map_err(|e| failed("cuEventCreate", e));
         let (start, end) = (event()?, event()?);
         // SAFETY: events and stream are alive; events are destroyed once.
         unsafe {

@@ -48,14 +48,7 @@ fn scale_samples(dev: &Device, x: View, m: View, len: usize, to: Grad) -> Result
 }
 
 /// dx (+)= factor·dy, the same for all rows of `[batch, rows, c]`.
-pub(crate) fn spread(
-    dev: &Device,
-    dy: View,
-    rows: usize,
-    c: usize,
-    factor: f32,
-    to: Grad,
-) -> Result<(), CudaError> {
+pub(crate) fn spread(dev: &Device, dy: View, rows: usize, c: usize, factor: f32, to: Grad) -> Result<(), CudaError> {
     let n = to.view.len;
     let (shape, rows, c, accumulate) = (Shape::eights(n), rows as i64, c as i64, i32::from(to.accumulate));
     launch!(dev, "elementwise", "spread_channels", shape, dy, to.view, n as i64, rows, c, factor, accumulate)
@@ -121,9 +114,7 @@ pub(crate) fn vjp(dev: &Device, op: &Op, io: Vjp<'_>) -> Result<(), CudaError> {
             }
             (None, None) => Ok(()),
         },
-        Op::ScaleSamples { len, .. } => {
-            io.grads[0].map_or(Ok(()), |dx| scale_samples(dev, dy, x(1), *len, dx))
-        }
+        Op::ScaleSamples { len, .. } => io.grads[0].map_or(Ok(()), |dx| scale_samples(dev, dy, x(1), *len, dx)),
         Op::Scale(s) => io.grads[0].map_or(Ok(()), |dx| scale(dev, dy, *s, dx)),
         Op::Exp => match (io.grads[0], io.out) {
             (Some(dx), Some(y)) => mul(dev, y, dy, dx),

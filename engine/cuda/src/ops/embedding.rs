@@ -31,7 +31,19 @@ pub(super) fn vjp(dev: &Device, width: usize, ids: View, dy: View, dtable: View)
         launch!(dev, "embedding", "sort_scan", Shape::row(1, 1024), counts, all)?;
         let shape = Shape::row(blocks, 256);
         launch!(
-            dev, "embedding", "sort_place", shape, keys, positions, counts, to_keys, to_positions, len, most, shift, first
+            dev,
+            "embedding",
+            "sort_place",
+            shape,
+            keys,
+            positions,
+            counts,
+            to_keys,
+            to_positions,
+            len,
+            most,
+            shift,
+            first
         )?;
         [keys, positions] = [to_keys, to_positions];
         spare.swap(0, 1);

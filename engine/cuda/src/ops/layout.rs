@@ -46,8 +46,20 @@ fn copy_rows(dev: &Device, r: &Runs, from: View, to: Grad) -> Result<(), CudaErr
         [r.len, r.from.0, r.to.0, r.from.1, r.to.1].map(|n| n as i64);
     let (wide, add) = (i32::from(wide), i32::from(to.accumulate));
     launch!(
-        dev, "layout", "copy_rows", shape, from, to.view, n as i64, len, from_pitch, to_pitch, from_start, to_start,
-        wide, add
+        dev,
+        "layout",
+        "copy_rows",
+        shape,
+        from,
+        to.view,
+        n as i64,
+        len,
+        from_pitch,
+        to_pitch,
+        from_start,
+        to_start,
+        wide,
+        add
     )
 }
 
@@ -138,15 +150,7 @@ fn permute(dev: &Device, shape: &[usize], perm: &[usize], x: View, y: Grad) -> R
 }
 
 /// y\[i\] = x\[i·group + ids\[i\]\] of `rows` rows.
-fn gather(
-    dev: &Device,
-    x: View,
-    ids: View,
-    y: View,
-    width: usize,
-    group: usize,
-    rows: usize,
-) -> Result<(), CudaError> {
+fn gather(dev: &Device, x: View, ids: View, y: View, width: usize, group: usize, rows: usize) -> Result<(), CudaError> {
     let wide = wide(&[width]);
     let shape = Shape::items(if wide { y.len / 8 } else { y.len });
     let (n, width, group, rows) = (y.len as i64, width as i64, group as i64, rows as i64);

@@ -10,6 +10,8 @@ pub(crate) mod layout;
 pub(crate) mod loss;
 pub(crate) mod norm;
 pub(crate) mod pooling;
+#[cfg(test)]
+mod tests;
 
 use mcpipe_graph::Op;
 
