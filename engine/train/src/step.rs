@@ -9,7 +9,6 @@ use std::sync::Arc;
 
 use mcpipe_graph::{
     Backend, Dtype, ExecError, Executor, Grads, Mode, Node, Op, ParamSpec, ParamStore, Part, Source, StepGraph,
-    Tensor,
 };
 
 use crate::batch::{Batch, SoftTargets};
