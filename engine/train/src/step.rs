@@ -66,6 +66,8 @@ pub(crate) struct Step<B: Backend> {
     cells: B::Buffer,
     /// Each loss's weight, cell by cell.
     seeds: B::Buffer,
+    /// The sum of the losses that have a weight.
+    sum: B::Buffer,
 }
 
 /// Where a pass over the batch ended.
@@ -131,11 +133,13 @@ impl<B: Backend> Step<B> {
         let inputs = Inputs::new(losses(), parts, &mut all)?;
         let mut backend = losses();
         let cells = (graphs.whole.len() + graphs.local.len() * parts + 1) * CELL * size_of::<f32>();
-        let mut scalars = backend.allocate(&[cells, cells]).map_err(ExecError::from)?.into_iter();
-        let (cells, seeds) = (scalars.next().unwrap_or_default(), scalars.next().unwrap_or_default());
+        let mut scalars = backend.allocate(&[cells, cells, CELL * size_of::<f32>()]).map_err(ExecError::from)?.into_iter();
+        let mut scalar = || scalars.next().unwrap_or_default();
+        let (cells, seeds, sum) = (scalar(), scalar(), scalar());
         let names = term_names(&setup);
         let features = Vec::new();
-        Ok(Step { setup, graphs, names, backend, inputs, tower, first, loss, teachers: runs, features, cells, seeds })
+        let teachers = runs;
+        Ok(Step { setup, graphs, names, backend, inputs, tower, first, loss, teachers, features, cells, seeds, sum })
     }
 
     /// Names of the terms in slot order.
@@ -300,11 +304,23 @@ impl<B: Backend> Step<B> {
         }
     }
 
-    /// The losses' cells and their weights, one element in each [`CELL`]: for a device that judges by itself whether the
-    /// weighted sum is finite.
-    pub(crate) fn losses_and_weights(&self) -> [(&B::Buffer, usize); 2] {
-        let len = (self.cells_in_all() - 1) * CELL;
-        [(&self.cells, len), (&self.seeds, len)]
+    /// Adds up the losses that have a weight, for a device that judges by itself whether they are finite.
+    pub(crate) fn sum_losses(&mut self, weights: &[f64]) {
+        let whole = self.graphs.whole.iter().enumerate().map(|(i, slot)| (*slot, i));
+        let parts = self.parts();
+        let local = self.graphs.local.iter().enumerate();
+        let local = local.flat_map(|(i, slot)| (0..parts).map(move |part| (*slot, i, part)));
+        let local = local.map(|(slot, i, part)| (slot, self.cell(i, part)));
+        let used: Vec<usize> = whole.chain(local).filter(|(slot, _)| weights[*slot] != 0.0).map(|(_, c)| c).collect();
+        for (i, cell) in used.into_iter().enumerate() {
+            let from = Part { buffer: &self.cells, dtype: Dtype::F32, start: cell * CELL, len: 1 };
+            self.backend.copy(from, &mut self.sum, Dtype::F32, 0, i > 0);
+        }
+    }
+
+    /// Where [`sum_losses`](Self::sum_losses) leaves the sum.
+    pub(crate) fn sum(&self) -> &B::Buffer {
+        &self.sum
     }
 
     /// Cells of losses, and the logit scale's.

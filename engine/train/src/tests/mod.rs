@@ -2,6 +2,8 @@
 
 mod accumulate;
 mod checkpoints;
+#[cfg(feature = "shim")]
+mod device;
 mod gradients;
 mod levels;
 mod non_finite;
