@@ -75,7 +75,7 @@ __device__ __forceinline__ void combine(const View& to, i64 to_at, const float* 
   }
 }
 
-extern "C" __global__ void __launch_bounds__(128)
+extern "C" __global__ void __launch_bounds__(128, 8)
     attention_pool(View q, View kv, View out, View probs, int tokens, int heads, int dim, float scale) {
   DYNAMIC_SHARED(shared);
   float *room = (float*)shared, *score = room + 32 + GROUPS * 64;
@@ -99,7 +99,7 @@ extern "C" __global__ void __launch_bounds__(128)
 }
 
 // dkv where there is one, and each entry's share of dq, parts [B, H, D], where there is one.
-extern "C" __global__ void __launch_bounds__(128)
+extern "C" __global__ void __launch_bounds__(128, 8)
     attention_pool_vjp(View q, View kv, View probs, View dout, View dkv, View parts, int tokens, int heads, int dim,
                        float scale, int accumulate) {
   DYNAMIC_SHARED(shared);

@@ -42,19 +42,18 @@ __device__ __forceinline__ void correlate(const View& x, const View& w, const Vi
   }
   for (int item = blockIdx.x * t.columns + t.gy; item < items; item += gridDim.x * t.columns) {
     int ox = item % columns * TW, oy = item / columns % strips * TH, b = item / columns / strips;
-    int left = ox * S - d.pad_w, top = oy * S - d.pad_h;
+    Window from = window<ROWS>(b, d.h, d.w, oy * S - d.pad_h, ox * S - d.pad_w, t, d);
     float acc[TH][TW][V], v[ROWS][V];
 #pragma unroll
     for (int i = 0; i < TH * TW * V; i++) acc[i / V / TW][i / V % TW][i % V] = start[i % V];
-    i64 image = (i64)b * d.h * d.w;
     typename T::Raw raw[ROWS];
-    load_column<T, ROWS>(x, image, top, left, t, d, raw);
+    load_column<T, ROWS>(x, from, 0, raw);
     // The column after is on its way while one is used. Column j is tap j of the first output, j − 1 of the second.
 #pragma unroll 1
     for (int j = 0; j < COLUMNS; j++) {
 #pragma unroll
       for (int r = 0; r < ROWS; r++) T::open(raw[r], v[r]);
-      if (j + 1 < COLUMNS) load_column<T, ROWS>(x, image, top, left + j + 1, t, d, raw);
+      if (j + 1 < COLUMNS) load_column<T, ROWS>(x, from, j + 1, raw);
       if (j < K) add_column<V, K, S, TH, TW>(v, taps + j * t.width, step, 0, acc);
       if constexpr (TW == 2) {
         if (j > 0) add_column<V, K, S, TH, TW>(v, taps + (j - 1) * t.width, step, 1, acc);
@@ -78,12 +77,12 @@ __device__ __forceinline__ void transpose_by_2(const View& dy, const View& w, co
   for (int item = blockIdx.x * t.columns + t.gy; item < items; item += gridDim.x * t.columns) {
     int ix = item % columns * TW, iy = item / columns % strips * TH, b = item / columns / strips;
     float acc[TH][TW][V] = {};
-    i64 image = (i64)b * d.h * d.w;
+    Window from = window<ROWS>(b, d.h, d.w, iy / 2 - BEFORE, ix / 2 - BEFORE, t, d);
 #pragma unroll
     for (int j = 0; j < (TW - 1 + P) / 2 + BEFORE + 1; j++) {
       typename T::Raw raw[ROWS];
       float v[ROWS][V];
-      load_column<T, ROWS>(dy, image, iy / 2 - BEFORE, ix / 2 - BEFORE + j, t, d, raw);
+      load_column<T, ROWS>(dy, from, j, raw);
 #pragma unroll
       for (int r = 0; r < ROWS; r++) T::open(raw[r], v[r]);
 #pragma unroll
@@ -108,22 +107,103 @@ __device__ __forceinline__ void transpose_by_2(const View& dy, const View& w, co
   }
 }
 
-// `variant`: 0 and 1 bf16 in strips of 7 or 4 rows, 2 f32; 3 and 4 at stride 2; 5 and 6 the gradient by x of stride 2.
-#define SQUARE(NAME, K, BLOCKS)                                                                                     \
-  extern "C" __global__ void __launch_bounds__(128, BLOCKS)                                                         \
-      NAME(View x, View w, View bias, View y, Conv d, int flip, int accumulate, int variant) {                      \
-    __shared__ __align__(16) float weights[K * K * 64];                                                             \
-    switch (variant) {                                                                                              \
-      case 0: correlate<Bf16x4, K, 1, 7, 2>(x, w, bias, y, d, flip, accumulate, weights); break;                    \
-      case 1: correlate<Bf16x4, K, 1, 4, 2>(x, w, bias, y, d, flip, accumulate, weights); break;                    \
-      case 2: correlate<F32x4, K, 1, 4, 2>(x, w, bias, y, d, flip, accumulate, weights); break;                     \
-      case 3: correlate<Bf16x4, K, 2, 4, 1>(x, w, bias, y, d, flip, accumulate, weights); break;                    \
-      case 4: correlate<F32x4, K, 2, 4, 1>(x, w, bias, y, d, flip, accumulate, weights); break;                     \
-      case 5: transpose_by_2<Bf16x4, K, 4, 2>(x, w, y, d, accumulate, weights); break;                              \
-      default: transpose_by_2<F32x4, K, 4, 2>(x, w, y, d, accumulate, weights); break;                              \
-    }                                                                                                               \
-  }
+// bf16 at stride 1, in strips of LONG or 4 rows.
+template <int K, int LONG>
+__device__ __forceinline__ void square(const View& x, const View& w, const View& bias, const View& y, const Conv& d,
+                                       int flip, int accumulate, int variant, float* weights) {
+  if (variant == 0) correlate<Bf16x4, K, 1, LONG, 2>(x, w, bias, y, d, flip, accumulate, weights);
+  else correlate<Bf16x4, K, 1, 4, 2>(x, w, bias, y, d, flip, accumulate, weights);
+}
 
-SQUARE(depthwise_3, 3, 4)
-SQUARE(depthwise_5, 5, 3)
-SQUARE(depthwise_7, 7, 3)
+// f32 at stride 1; bf16 and f32 at stride 2; their gradients by x.
+template <int K, int SHORT>
+__device__ __forceinline__ void square_other(const View& x, const View& w, const View& bias, const View& y,
+                                             const Conv& d, int flip, int accumulate, int variant, float* weights) {
+  switch (variant) {
+    case 0: correlate<F32x4, K, 1, 4, 2>(x, w, bias, y, d, flip, accumulate, weights); break;
+    case 1: correlate<Bf16x4, K, 2, 4, 1>(x, w, bias, y, d, flip, accumulate, weights); break;
+    case 2: correlate<F32x4, K, 2, 4, 1>(x, w, bias, y, d, flip, accumulate, weights); break;
+    case 3: transpose_by_2<Bf16x4, K, 4, 2>(x, w, y, d, accumulate, weights); break;
+    default: transpose_by_2<F32x4, K, SHORT, 2>(x, w, y, d, accumulate, weights); break;
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(128, 5)
+    depthwise_3(View x, View w, View bias, View y, Conv d, int flip, int accumulate, int variant) {
+  __shared__ __align__(16) float weights[9 * 64];
+  square<3, 4>(x, w, bias, y, d, flip, accumulate, variant, weights);
+}
+
+extern "C" __global__ void __launch_bounds__(128, 3)
+    depthwise_5(View x, View w, View bias, View y, Conv d, int flip, int accumulate, int variant) {
+  __shared__ __align__(16) float weights[25 * 64];
+  square<5, 7>(x, w, bias, y, d, flip, accumulate, variant, weights);
+}
+
+extern "C" __global__ void __launch_bounds__(128, 3)
+    depthwise_7(View x, View w, View bias, View y, Conv d, int flip, int accumulate, int variant) {
+  __shared__ __align__(16) float weights[49 * 64];
+  square<7, 7>(x, w, bias, y, d, flip, accumulate, variant, weights);
+}
+
+extern "C" __global__ void __launch_bounds__(128, 3)
+    depthwise_3_other(View x, View w, View bias, View y, Conv d, int flip, int accumulate, int variant) {
+  __shared__ __align__(16) float weights[9 * 64];
+  square_other<3, 4>(x, w, bias, y, d, flip, accumulate, variant, weights);
+}
+
+extern "C" __global__ void __launch_bounds__(128, 3)
+    depthwise_5_other(View x, View w, View bias, View y, Conv d, int flip, int accumulate, int variant) {
+  __shared__ __align__(16) float weights[25 * 64];
+  square_other<5, 4>(x, w, bias, y, d, flip, accumulate, variant, weights);
+}
+
+extern "C" __global__ void __launch_bounds__(128, 3)
+    depthwise_7_other(View x, View w, View bias, View y, Conv d, int flip, int accumulate, int variant) {
+  __shared__ __align__(16) float weights[49 * 64];
+  square_other<7, 2>(x, w, bias, y, d, flip, accumulate, variant, weights);
+}
+
+// Any size, multiplier and element type: a thread an element of y.
+extern "C" __global__ void __launch_bounds__(256)
+    depthwise_any(View x, View w, View bias, View y, Conv d, i64 n) {
+  i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= n) return;
+  int c = i % d.c, ox = i / d.c % d.ow, oy = i / d.c / d.ow % d.oh;
+  i64 image = i / d.c / d.ow / d.oh * d.h;
+  float sum = bias.len ? load(bias, c) : 0.0f;
+  for (int ky = 0; ky < d.kh; ky++) {
+    int iy = oy * d.stride + ky - d.pad_h;
+    if (iy < 0 || iy >= d.h) continue;
+    for (int kx = 0; kx < d.kw; kx++) {
+      int ix = ox * d.stride + kx - d.pad_w;
+      if (ix < 0 || ix >= d.w) continue;
+      float v = load(x, ((image + iy) * d.w + ix) * (d.c / d.m) + c / d.m);
+      sum += v * load(w, ((i64)c * d.kh + ky) * d.kw + kx);
+    }
+  }
+  store(y, i, sum);
+}
+
+// Its gradient by x; here `Conv` is the forward's: h, w of dx, oh, ow of dy.
+extern "C" __global__ void __launch_bounds__(256)
+    depthwise_any_data(View w, View dy, View dx, Conv d, i64 n, int accumulate) {
+  i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= n) return;
+  int width = d.c / d.m, c = i % width, ix = i / width % d.w, iy = i / width / d.w % d.h;
+  i64 image = i / width / d.w / d.h * d.oh;
+  float sum = 0.0f;
+  for (int ky = 0; ky < d.kh; ky++) {
+    int up = iy + d.pad_h - ky, oy = up / d.stride;
+    if (up < 0 || up % d.stride != 0 || oy >= d.oh) continue;
+    for (int kx = 0; kx < d.kw; kx++) {
+      int left = ix + d.pad_w - kx, ox = left / d.stride;
+      if (left < 0 || left % d.stride != 0 || ox >= d.ow) continue;
+      for (int m = 0; m < d.m; m++) {
+        i64 co = (i64)c * d.m + m;
+        sum += load(dy, ((image + oy) * d.ow + ox) * d.c + co) * load(w, (co * d.kh + ky) * d.kw + kx);
+      }
+    }
+  }
+  give(dx, i, sum, accumulate);
+}

@@ -15,15 +15,15 @@ struct VectorOf {
   static constexpr int N = V;
   using Raw = R;
   using Element = typename R::Element;
-  static __device__ __forceinline__ Raw get(const View& x, i64 pixel, int c0, const Conv& d) {
-    CHECK_INDEX(x, pixel * d.c + c0, V);
-    return *(const Raw*)((const Element*)x.data + pixel * d.c + c0);
+  static __device__ __forceinline__ Raw get(const View& x, i64 i) {
+    CHECK_INDEX(x, i, V);
+    return *(const Raw*)((const Element*)x.data + i);
   }
   static __device__ __forceinline__ Raw zero() { return Raw{}; }
   static __device__ __forceinline__ void open(const Raw& r, float (&x)[V]) { r.open(x); }
-  static __device__ __forceinline__ void put(const View& y, i64 pixel, int c0, const Conv& d, const float (&x)[V]) {
-    CHECK_INDEX(y, pixel * d.c + c0, V);
-    *(Raw*)((Element*)y.data + pixel * d.c + c0) = Raw::pack(x);
+  static __device__ __forceinline__ void put(const View& y, i64 i, const float (&x)[V]) {
+    CHECK_INDEX(y, i, V);
+    *(Raw*)((Element*)y.data + i) = Raw::pack(x);
   }
 };
 
@@ -97,16 +97,30 @@ __device__ __forceinline__ void shared_weights(const float* at, float (&w)[V]) {
   }
 }
 
-// Rows top.. of a column of an image that starts at pixel `image`; zeros outside.
-template <class T, int ROWS>
-__device__ __forceinline__ void load_column(const View& x, i64 image, int top, int column, const Tile& t,
-                                            const Conv& d, typename T::Raw (&raw)[ROWS]) {
-  bool inside = column >= 0 && column < d.w;
+// A window of ROWS rows from row `top` and column `left` of image b.
+struct Window {
+  i64 start, row;  // element of its first pixel (not always there), and from a row to the next
+  u32 rows;        // bit r: row r is in the image
+  int left, width, c;
+};
+
+template <int ROWS>
+__device__ __forceinline__ Window window(int b, int h, int w, int top, int left, const Tile& t, const Conv& d) {
+  Window v;
+  v.start = (((i64)b * h + top) * w + left) * d.c + t.c0;
+  v.row = (i64)w * d.c, v.left = left, v.width = w, v.c = d.c, v.rows = 0;
 #pragma unroll
-  for (int r = 0; r < ROWS; r++) {
-    bool there = inside && top + r >= 0 && top + r < d.h;
-    raw[r] = there ? T::get(x, image + (i64)((top + r) * d.w + column), t.c0, d) : T::zero();
-  }
+  for (int r = 0; r < ROWS; r++) v.rows |= (u32)(top + r >= 0 && top + r < h) << r;
+  return v;
+}
+
+// Column j of a window; zeros outside the image.
+template <class T, int ROWS>
+__device__ __forceinline__ void load_column(const View& x, const Window& v, int j, typename T::Raw (&raw)[ROWS]) {
+  u32 rows = v.left + j >= 0 && v.left + j < v.width ? v.rows : 0;
+  i64 i = v.start + (i64)j * v.c;
+#pragma unroll
+  for (int r = 0; r < ROWS; r++) raw[r] = rows >> r & 1 ? T::get(x, i + r * v.row) : T::zero();
 }
 
 // A block of TH x TW pixels from (oy, ox) of image b.
@@ -118,14 +132,14 @@ __device__ __forceinline__ void store_block(const View& y, int b, int oy, int ox
 #pragma unroll
     for (int o = 0; o < TW; o++) {
       if (oy + r >= d.oh || ox + o >= d.ow) continue;
-      i64 pixel = ((i64)b * d.oh + oy + r) * d.ow + ox + o;
+      i64 i = (((i64)b * d.oh + oy + r) * d.ow + ox + o) * d.c + t.c0;
       if (accumulate) {
         float old[T::N];
-        T::open(T::get(y, pixel, t.c0, d), old);
+        T::open(T::get(y, i), old);
 #pragma unroll
         for (int k = 0; k < T::N; k++) acc[r][o][k] += old[k];
       }
-      T::put(y, pixel, t.c0, d, acc[r][o]);
+      T::put(y, i, acc[r][o]);
     }
   }
 }

@@ -208,6 +208,14 @@ impl Device {
         self.driver.launch(kernel, shape, arguments)
     }
 
+    /// `d [m, n] = a [m, k] · b [n, k]ᵀ`, row-major and contiguous; `a` and `b` of one type.
+    ///
+    /// # Errors
+    /// What the library refuses.
+    pub fn matmul(&self, [m, n, k]: [usize; 3], a: View, b: View, d: View) -> Result<(), CudaError> {
+        self.product(&Product::new(m, n, k, false, true), a, b, d, None)
+    }
+
     pub(crate) fn product(&self, p: &Product, a: View, b: View, d: View, bias: Option<View>) -> Result<(), CudaError> {
         self.driver.product(&Product { tf32: self.tf32.get(), ..*p }, a, b, d, bias)
     }

@@ -7,7 +7,7 @@ use mcpipe_graph::Op;
 
 use crate::device::Device;
 use crate::error::CudaError;
-use crate::launch::{Argument, Arguments, Kernel, Shape, launch};
+use crate::launch::{Argument, Arguments, Kernel, Kind, Shape, launch};
 use crate::view::{Element, Forward, View, Vjp};
 
 /// `AttentionDims` of `kernels/attention.cuh`.
@@ -23,7 +23,9 @@ struct Dims {
 }
 
 // SAFETY: repr(C), the same fields in the same order as in C++.
-unsafe impl Argument for Dims {}
+unsafe impl Argument for Dims {
+    const KIND: Kind = Kind::Struct;
+}
 
 impl From<&Attention> for Dims {
     fn from(d: &Attention) -> Self {

@@ -6,7 +6,7 @@ use mcpipe_graph::{Activation, Op};
 use super::elementwise::code;
 use crate::device::Device;
 use crate::error::CudaError;
-use crate::launch::{Argument, Arguments, Kernel, Shape, launch};
+use crate::launch::{Argument, Arguments, Kernel, Kind, Shape, launch};
 use crate::view::{Element, Forward, Grad, View, Vjp};
 
 /// Threads of a block in `norm.cu`.
@@ -29,7 +29,9 @@ struct Layout {
 }
 
 // SAFETY: repr(C), the fields of the C++ struct in order.
-unsafe impl Argument for Layout {}
+unsafe impl Argument for Layout {
+    const KIND: Kind = Kind::Struct;
+}
 
 /// `Constants` of `norm.cu`.
 #[derive(Clone, Copy, Debug)]
@@ -46,7 +48,9 @@ struct Constants {
 }
 
 // SAFETY: as above.
-unsafe impl Argument for Constants {}
+unsafe impl Argument for Constants {
+    const KIND: Kind = Kind::Struct;
+}
 
 /// Which of `channels.cuh`'s kinds holds the channels of these tensors.
 fn kind(c: usize, tensors: &[View]) -> i32 {
