@@ -88,7 +88,7 @@ pub struct MachineArgs {
     #[arg(long, value_enum, default_value_t = KernelsArg::Native)]
     pub kernels: KernelsArg,
     /// What trainings and evaluations run on: auto, cpu, cuda or cuda:N [default: the file's `run.device`].
-    #[arg(long, value_name = "DEVICE")]
+    #[arg(long, value_name = "DEVICE", env = "MCPIPE_DEVICE")]
     pub device: Option<DeviceChoice>,
 }
 
@@ -248,7 +248,7 @@ pub struct ModelArgs {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=4096))]
     pub threads: Option<u16>,
     /// What the model runs on: auto (the first GPU that can be used, else the CPU), cpu, cuda or cuda:N.
-    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    #[arg(long, value_name = "DEVICE", env = "MCPIPE_DEVICE", default_value = "auto")]
     pub device: DeviceChoice,
 }
 

@@ -20,16 +20,20 @@ pub struct Finding {
     pub text: String,
 }
 
-/// The first GPU, where it and all that is required are there. Quick: compiles nothing.
+/// GPU number `index`, where it and all that is required are there. Quick: starts and compiles nothing.
 ///
 /// # Errors
 /// [`CudaError::Unavailable`]: what is missing first.
-pub fn first_gpu() -> Result<GpuInfo, CudaError> {
+pub fn usable(index: usize) -> Result<GpuInfo, CudaError> {
     library::load(Library::Driver)?;
-    let gpu = gpus()?.into_iter().next().ok_or_else(|| CudaError::Unavailable("the driver sees no GPU".into()))?;
+    let list = gpus()?;
+    let Some(gpu) = list.get(index).cloned() else {
+        let names: Vec<String> = list.iter().map(|g| format!("{} ({})", g.index, g.name)).collect();
+        return Err(CudaError::Unavailable(format!("there is no GPU {index}; there is {}", names.join(", "))));
+    };
     if gpu.capability < LEAST_CAPABILITY {
         let (have, least) = (f64::from(gpu.capability) / 10.0, f64::from(LEAST_CAPABILITY) / 10.0);
-        let text = format!("{} has compute capability {have:.1}, {least:.1} is needed", gpu.name);
+        let text = format!("GPU {index} ({}) has compute capability {have:.1}, but {least:.1} is needed", gpu.name);
         return Err(CudaError::Unavailable(text));
     }
     for library in Library::ALL.into_iter().filter(|l| *l != Library::Nccl) {

@@ -80,10 +80,23 @@ impl Settings {
         if self.kernels != Kernels::Native {
             return;
         }
-        match mcpipe_cuda::doctor::first_gpu() {
+        match mcpipe_cuda::doctor::usable(0) {
             Ok(_) => self.device = DeviceChoice::Cuda(0),
             Err(e) => self.device_note = Some(e.to_string()),
         }
+    }
+
+    /// Refuses a GPU that was asked for by name and can't be used, before anything starts.
+    ///
+    /// # Errors
+    /// What is missing.
+    pub fn check_device(&self) -> Result<(), RunError> {
+        let DeviceChoice::Cuda(index) = self.device else { return Ok(()) };
+        let refuse = |reason: String| RunError::Usage(format!("the device `{}` can't be used: {reason}", self.device));
+        if self.kernels != Kernels::Native {
+            return Err(refuse("`--kernels reference` is for the CPU".into()));
+        }
+        mcpipe_cuda::doctor::usable(index).map(drop).map_err(|e| refuse(e.to_string()))
     }
 
     /// Whether it is a GPU.

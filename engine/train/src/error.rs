@@ -50,6 +50,14 @@ pub enum TrainError {
     /// A device that can't be used or fails.
     #[error(transparent)]
     Device(#[from] CudaError),
+    /// A device's memory does not suffice.
+    #[error("{what}; {advice}")]
+    OutOfMemory {
+        /// What was asked for, where, and what there was.
+        what: String,
+        /// What would fit.
+        advice: String,
+    },
     /// The data source failed.
     #[error("reading the training data failed at step {step}: {source}")]
     Data {

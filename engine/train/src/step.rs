@@ -7,6 +7,7 @@
 use std::rc::Rc;
 use std::sync::Arc;
 
+use mcpipe_graph::backend::BackendError;
 use mcpipe_graph::{
     Backend, Dtype, ExecError, Executor, Grads, Mode, Node, Op, ParamSpec, ParamStore, Part, Source, StepGraph,
 };
@@ -105,13 +106,17 @@ impl<B: Backend> Step<B> {
         towers: impl Fn() -> B,
         losses: impl Fn() -> B,
     ) -> Result<Self, TrainError> {
-        let executor = |graph: &StepGraph, store: &ParamStore<B::Buffer>, mode| {
-            Executor::new(Arc::new(graph.clone()), store, mode, towers())
+        let executor = |whose: &str, graph: &StepGraph, store: &ParamStore<B::Buffer>, mode| {
+            Executor::new(Arc::new(graph.clone()), store, mode, towers()).map_err(|e| match e {
+                // Memory that was refused.
+                ExecError::Backend(e) => ExecError::Backend(BackendError { label: format!("the {whose}'s values"), ..e }),
+                other => other,
+            })
         };
         let targets: Vec<&str> = graphs.targets.iter().map(|t| t.name.as_str()).collect();
         let view = setup.model.view;
-        let mut tower = Tower::new(executor(&graphs.tower, store, Mode::Train)?, view, &targets);
-        let first = graphs.first.as_ref().map(|g| executor(g, store, Mode::Forward)).transpose()?;
+        let mut tower = Tower::new(executor("student", &graphs.tower, store, Mode::Train)?, view, &targets);
+        let first = graphs.first.as_ref().map(|g| executor("student", g, store, Mode::Forward)).transpose()?;
         let mut first = first.map(|e| Tower::new(e, view, &[]));
         let loss = Executor::new(Arc::new(graphs.loss.clone()), store, Mode::Train, losses())?;
         let mut runs = Vec::new();
@@ -121,7 +126,10 @@ impl<B: Backend> Step<B> {
                 TeacherModel::Average { .. } => view,
             };
             let tower = match (&plan.graph, teachers[plan.teacher]) {
-                (Some(graph), Some(weights)) => Some(Tower::new(executor(graph, weights, Mode::Forward)?, view, &[])),
+                (Some(graph), Some(weights)) => {
+                    let whose = format!("teacher {}", setup.teachers[plan.teacher].name);
+                    Some(Tower::new(executor(&whose, graph, weights, Mode::Forward)?, view, &[]))
+                }
                 _ => None,
             };
             runs.push(TeacherRun { plan: plan.clone(), tower });

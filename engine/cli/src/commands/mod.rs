@@ -81,6 +81,7 @@ pub fn model_options(args: &ModelArgs) -> Result<EmbedOptions, RunError> {
     settings.threads = args.threads.map_or(settings.threads, usize::from);
     settings.install_threads()?;
     settings.choose_device(args.device);
+    settings.check_device()?;
     let (batch, workers) = (usize::from(args.batch), settings.threads.min(8));
     Ok(EmbedOptions { batch, workers, device: settings.device, ..EmbedOptions::default() })
 }

@@ -18,6 +18,7 @@ pub fn run(args: &RunArgs, quiet: bool, verbose: u8) -> Result<u8, RunError> {
     let (pipeline, mut settings) = open(&args.file, &args.machine)?;
     settings.fresh = args.fresh;
     settings.jobs = usize::from(args.jobs);
+    settings.check_device()?;
     settings.install_threads()?;
     if let Some(reason) = settings.device_note.as_ref().filter(|_| !quiet) {
         eprint(&format!("note: this runs on the CPU: {reason}\n"));

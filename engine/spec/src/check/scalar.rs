@@ -170,7 +170,7 @@ impl<'a> Checker<'a> {
         }
         if text(schema, "pattern") == Some(crate::types::DEVICE_PATTERN) && !is_device(value) {
             self.report(Code::UnknownDevice, node, format!("there is no device `{value}`"), |d| {
-                d.with_choices(value, "devices", ["auto", "cpu", "cuda", "cuda:N"].into_iter())
+                d.with_choices(value, "devices", ["auto", "cpu", "cuda", "cuda:N"])
             });
         }
         if schema.get("x-mcpipe-template").is_some() && !value.contains("{c}") {

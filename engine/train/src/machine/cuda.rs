@@ -8,7 +8,7 @@ use mcpipe_cuda::optim::{Copies, StepValues, Tensor, Updater};
 use mcpipe_cuda::{Buffer, Cuda, CudaError, Device, Element, Gradients, Parameters, Precision, Recording, View};
 use mcpipe_graph::{Param, ParamKind, ParamStore};
 
-use super::{At, Done, Machine, State};
+use super::{At, Done, Machine, State, memory};
 use crate::batch::Batch;
 use crate::error::{Origin, TrainError};
 use crate::graphs::Graphs;
@@ -274,7 +274,8 @@ impl Machine for CudaMachine {
         let update = state.optimizer.step + 1;
         self.updater.set(&StepValues { lr: at.lr as f32, step: update, clip_norm, momenta })?;
         self.step.prepare(batch, at.step, at.weights)?;
-        self.run(&names(state), at.weights)?;
+        let ran = self.run(&names(state), at.weights);
+        ran.map_err(|e| memory::explain(&self.step.setup, &self.device, e))?;
         let values = self.step.values(at.weights);
         let found = self.updater.result()?;
         if found.finite {

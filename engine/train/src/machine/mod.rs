@@ -2,6 +2,7 @@
 
 mod cpu;
 mod cuda;
+mod memory;
 
 use std::fmt::Debug;
 use std::rc::Rc;
@@ -101,7 +102,10 @@ pub(crate) fn machine(
 ) -> Result<Box<dyn Machine>, TrainError> {
     Ok(match &setup.compute {
         Compute::Cpu(kernels) => Box::new(CpuMachine::new(Rc::clone(setup), graphs, &state.store, *kernels)?),
-        Compute::Cuda(device) => Box::new(CudaMachine::new(Rc::clone(setup), graphs, state, device)?),
+        Compute::Cuda(device) => {
+            let machine = CudaMachine::new(Rc::clone(setup), graphs, state, device);
+            Box::new(machine.map_err(|e| memory::explain(setup, device, e))?)
+        }
     })
 }
 
