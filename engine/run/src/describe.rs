@@ -141,19 +141,19 @@ pub fn describe(pipeline: &Pipeline, settings: &Settings) -> Result<Description,
         let distilled = role == Role::Student && resolved.distils();
         let setup = setups::student(resolved, distilled, Frozen::ShapesOnly, settings, String::new())?;
         let name = if role == Role::Student { "student" } else { "student without distillation" };
-        steps.push(training_line(name.into(), &setup)?);
+        steps.push(training_line(name.into(), &setup, settings)?);
     }
     for (at, teacher) in resolved.spec().teachers.iter().enumerate() {
         if let mcpipe_spec::Teacher::Train(teacher) = teacher {
             let setup = setups::trained_teacher(resolved, at, Frozen::ShapesOnly, settings, String::new())?;
-            steps.push(training_line(format!("teacher {}", teacher.name), &setup)?);
+            steps.push(training_line(format!("teacher {}", teacher.name), &setup, settings)?);
         }
     }
     Ok(Description { name: resolved.spec().name.clone(), stages, models, steps })
 }
 
-fn training_line(training: String, setup: &setups::Setup) -> Result<TrainingLine, RunError> {
-    let mut plan = StepPlan::new(&setup.train)?;
+fn training_line(training: String, setup: &setups::Setup, settings: &Settings) -> Result<TrainingLine, RunError> {
+    let mut plan = StepPlan::new(&setup.train, settings.on_gpu())?;
     for part in &mut plan.parts {
         // The trainer knows the model that it trains as the student, whoever it is to the pipeline.
         if let Some(rest) = part.name.strip_prefix("student") {

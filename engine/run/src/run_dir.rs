@@ -245,6 +245,7 @@ fn lock(pipeline: &Pipeline, settings: &Settings, resolved: &str) -> Result<Valu
         "student_seed": pipeline.resolved.student_seed(),
         "threads": settings.threads,
         "kernels": settings.kernels_id(),
+        "device": settings.device.to_string(),
         "machine": machine(),
         "stages": stages,
     }))

@@ -41,6 +41,8 @@ pub fn settings(args: &MachineArgs, document: &Document) -> Settings {
         KernelsArg::Native => Kernels::Native,
         KernelsArg::Reference => Kernels::Reference,
     };
+    let device = args.device.or_else(|| document.spec.run.device.as_ref()?.parse().ok()).unwrap_or_default();
+    settings.choose_device(device);
     settings
 }
 
@@ -85,5 +87,8 @@ pub fn model_options(args: &ModelArgs) -> Result<EmbedOptions, RunError> {
     let mut settings = Settings::default();
     settings.threads = args.threads.map_or(settings.threads, usize::from);
     settings.install_threads()?;
-    Ok(EmbedOptions { batch: usize::from(args.batch), workers: settings.threads.min(8), ..EmbedOptions::default() })
+    settings.choose_device(args.device);
+    settings.check_device()?;
+    let (batch, workers) = (usize::from(args.batch), settings.threads.min(8));
+    Ok(EmbedOptions { batch, workers, device: settings.device, ..EmbedOptions::default() })
 }

@@ -214,7 +214,8 @@ impl Gpu {
     fn room(&self, bytes: usize) -> Result<Address, CudaError> {
         let mut room = self.room.borrow_mut();
         if room.1 < bytes {
-            if room.1 > 0 {
+            // Recordings go on using the room that they were made with.
+            if room.1 > 0 && self.graphs.borrow().is_empty() {
                 self.free(room.0);
                 *room = (0, 0);
             }
