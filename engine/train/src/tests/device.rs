@@ -29,7 +29,7 @@ fn agree(s: impl Fn() -> TrainSetup, compute: &Compute, tolerance: f64) -> (Trai
     for (a, b) in cpu.steps.iter().zip(&log.steps) {
         let close = |a: f64, b: f64| (a - b).abs() <= tolerance * a.abs().max(1e-2);
         assert!(close(a.loss, b.loss) && close(a.grad_norm, b.grad_norm), "{a:?}\n{b:?}");
-        assert!(close(a.logit_scale, b.logit_scale) && a.skipped == b.skipped, "{a:?}\n{b:?}");
+        assert!(close(a.logit_scale, b.logit_scale) && a.skipped.is_none() && b.skipped.is_none(), "{a:?}\n{b:?}");
         for ((name, x), (_, y)) in a.terms.iter().zip(&b.terms) {
             assert!(close(*x, *y), "step {}: {name}: {x} {y}", a.step);
         }
@@ -170,7 +170,7 @@ fn encoders_give_what_the_cpu_gives() {
     let mut store = ParamStore::default();
     Encoder::init_images(tower.as_ref(), &mut store, 4).unwrap();
     let images = Random::new(3, false).batch(0).views.remove(0);
-    let mut encode = |compute: &Compute, store: &ParamStore| {
+    let encode = |compute: &Compute, store: &ParamStore| {
         let mut encoder = Encoder::tapped(tower.as_ref(), &["conv".into()], 2, store, compute).unwrap();
         encoder.encode_images_and_taps(store, &images).unwrap()
     };
