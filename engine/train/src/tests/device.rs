@@ -107,6 +107,8 @@ fn a_resumed_training_is_the_same_and_may_come_from_the_cpu() {
     let Some(compute) = device() else { return };
     let s = |steps, compute: &Compute| {
         let mut s = setup(conv(6, true), training(steps, 4, 1));
+        // AdamW makes full steps of a gradient that is nothing but rounding, as the keys' bias has it.
+        s.optimizer = Arc::new(Sgd { lr: 0.05, ..Sgd::default() });
         s.average = Some(AverageSetup { momentum: 0.9, evaluate: false });
         s.compute = compute.clone();
         s
