@@ -163,7 +163,7 @@ __device__ __forceinline__ void load_column(float* to, const View& v, const Atte
   int row = threadIdx.x;
   if (row >= TILE) return;
   int pair = first_pair + row / span, token = token0 + (row & (span - 1));
-  bool valid = pair < d.batch * d.heads && token < d.tokens;
+  bool valid = pair < d.pairs && token < d.tokens;
   to[row] = valid ? load(v, (i64)pair * d.tokens + token) : 0.0f;
 }
 

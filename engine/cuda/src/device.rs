@@ -53,12 +53,15 @@ pub struct Device {
     scratch: Rc<RefCell<Vec<Memory>>>,
     taken: Rc<Cell<usize>>,
     tf32: Rc<Cell<bool>>,
+    /// Whether something was recorded, and scratch memory that recordings may name.
+    recorded: Rc<Cell<bool>>,
+    retired: Rc<RefCell<Vec<Memory>>>,
     pub(crate) weights: Rc<RefCell<Weights>>,
 }
 
 impl Device {
     pub(crate) fn from_driver(driver: Rc<dyn Driver>) -> Self {
-        Device { driver, scratch: Rc::default(), taken: Rc::default(), tf32: Rc::default(), weights: Rc::default() }
+        Device { driver, scratch: Rc::default(), taken: Rc::default(), tf32: Rc::default(), recorded: Rc::default(), retired: Rc::default(), weights: Rc::default() }
     }
 
     /// GPU number `index`.
@@ -121,8 +124,11 @@ impl Device {
         if i == held.len() {
             held.push(self.alloc(bytes)?);
         } else if held[i].bytes() < bytes {
-            // Work that still reads the old memory was asked for before: free waits for it.
-            held[i] = self.alloc(bytes)?;
+            // Work that still reads the old memory was asked for before: free waits for it. Recordings read it for ever.
+            let old = std::mem::replace(&mut held[i], self.alloc(bytes)?);
+            if self.recorded.get() {
+                self.retired.borrow_mut().push(old);
+            }
         }
         self.taken.set(i + 1);
         let view = held[i].view(len, element);
@@ -255,6 +261,7 @@ impl Device {
         if !self.driver.begin_capture()? {
             return Ok(None);
         }
+        self.recorded.set(true);
         let ran = work();
         // Also after a failure: the stream must leave the recording.
         let id = self.driver.end_capture();

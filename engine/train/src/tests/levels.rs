@@ -5,15 +5,14 @@ use std::sync::Arc;
 
 use super::*;
 use crate::distill::{Problem, terms};
-use crate::step::Step;
 
 fn losses(setup: TrainSetup, batch: &Batch) -> Vec<f64> {
     let setup = Rc::new(setup);
     let mut store = setup.initial.clone();
-    let mut step = Step::new(Rc::clone(&setup), &mut store).unwrap();
+    let mut step = on_the_cpu(&setup, &mut store);
     let averages = vec![Average::new("mean", &store, 0.9, None)];
     let weights = vec![1.0; 1 + setup.objective.terms.len()];
-    step.run(&mut store, &averages, batch, 0, &weights).unwrap().terms
+    step.pass(&mut store, &averages, batch, 0, &weights).unwrap().terms
 }
 
 fn unit(x: &[f32], dim: usize) -> Vec<Vec<f64>> {
