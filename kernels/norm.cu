@@ -163,7 +163,7 @@ struct Constants {
 
 template <class T>
 __device__ __forceinline__ void apply_body(const View& x, const View& y, const Constants& k, const Layout& l) {
-  constexpr int N = T::N, U = 4;
+  constexpr int N = T::N, U = T::ROWS;
   Place p = place<N>(l);
   if (!p.active) return;
   i64 at = k.per_image ? blockIdx.z : p.c0;
