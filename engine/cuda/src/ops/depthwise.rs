@@ -94,6 +94,18 @@ fn named(names: [&'static str; 3], k: i32) -> &'static str {
     names[(k as usize - 3) / 2]
 }
 
+/// y = conv(x, w) + bias, for evaluation's fused convolutions.
+pub(crate) fn convolve(
+    dev: &Device,
+    d: &Conv2d,
+    x: View,
+    w: View,
+    bias: Option<View>,
+    y: View,
+) -> Result<(), CudaError> {
+    correlate(dev, Conv::new(d), x, w, bias, y)
+}
+
 /// y = conv(x, w) + bias.
 fn correlate(dev: &Device, d: Conv, x: View, w: View, bias: Option<View>, y: View) -> Result<(), CudaError> {
     let bias = bias.unwrap_or(View::none());
