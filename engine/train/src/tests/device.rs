@@ -1,12 +1,16 @@
-//! Trainings on a device: the CUDA backend's kernels on the CPU, from the library that `MCPIPE_SHIM` names. Without it these
-//! tests pass unseen.
+//! Trainings on a device: a GPU where `MCPIPE_TEST_GPU` is set; with the feature `shim` the CUDA backend's kernels on the
+//! CPU, from the library that `MCPIPE_SHIM` names. Without either these tests pass unseen.
 
 use super::*;
 
 /// The device, where there is one.
 fn device() -> Option<Compute> {
-    std::env::var_os("MCPIPE_SHIM")?;
-    Some(Compute::open(DeviceChoice::Shim, Kernels::Native).unwrap().0)
+    #[cfg(feature = "shim")]
+    if std::env::var_os("MCPIPE_SHIM").is_some() {
+        return Some(Compute::open(DeviceChoice::Shim, Kernels::Native).unwrap().0);
+    }
+    std::env::var_os("MCPIPE_TEST_GPU")?;
+    Some(Compute::open(DeviceChoice::Cuda(0), Kernels::Native).unwrap().0)
 }
 
 fn run(s: TrainSetup, mix: bool) -> (Trainer, Log) {
