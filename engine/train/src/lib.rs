@@ -37,7 +37,7 @@ mod trainer;
 #[cfg(test)]
 mod tests;
 
-pub use batch::{Batch, BatchSource, Mix, SoftTargets};
+pub use batch::{Batch, BatchSource, Mix, SoftTargets, SparseTargets};
 pub use checkpoint::{CHECKPOINT_FORMAT, Checkpoint, CheckpointState, Checkpoints, Counters};
 pub use ema::Average;
 pub use encoder::{CaptionEncoder, Encoder, Tokenize};
