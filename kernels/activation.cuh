@@ -5,7 +5,7 @@
 enum Act : int { IDENTITY, RELU, RELU6, SILU, GELU, GELU_TANH, QUICK_GELU, HARD_SWISH, HARD_SIGMOID, SIGMOID, TANH };
 
 // 1/(1 + e^-x); finite for every x.
-__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + __expf(-x)); }
+__device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
 
 // relu(NaN) is NaN, unlike fmaxf.
 __device__ __forceinline__ float clamp_nan(float x, float lo, float hi) { return x < lo ? lo : (x > hi ? hi : x); }

@@ -49,6 +49,8 @@ pub enum Command {
     ///
     /// MODEL and images are given as for `embed`; the model must have a text tower.
     Classify(ClassifyArgs),
+    /// Tell whether a GPU can be used: driver, GPUs, libraries, kernels; where each was found, or how to get it.
+    Doctor,
     /// Print the JSON schema of pipeline files, for editors.
     Schema,
     /// List the components that a pipeline file may name, with their parameters.

@@ -56,6 +56,7 @@ fn dispatch(cli: &Cli) -> Result<u8, RunError> {
         Command::Embed(args) => commands::embed::embed(args, cli.quiet),
         Command::Classify(args) => commands::classify::classify(args, cli.quiet),
         Command::Graph(args) => commands::graph::graph(args),
+        Command::Doctor => commands::doctor::doctor(),
         Command::Schema => commands::list::schema(),
         Command::List(args) => commands::list::list(args),
         Command::Data(DataCommand::Check(args)) => commands::data::check(args),

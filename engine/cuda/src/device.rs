@@ -1,10 +1,11 @@
 //! A device as the ops use it: memory, scratch, launches and library products.
 
 use std::cell::{Cell, RefCell};
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 
 use mcpipe_cpu::conv::Conv2d;
 
+use crate::driver::gpu::Gpu;
 use crate::driver::{ConvPass, Driver, Product};
 use crate::error::CudaError;
 use crate::launch::{Arguments, Kernel, Shape};
@@ -17,6 +18,7 @@ pub struct Memory {
     driver: Rc<dyn Driver>,
     address: Address,
     bytes: usize,
+    weights: Weak<RefCell<Weights>>,
 }
 
 impl Memory {
@@ -34,6 +36,12 @@ impl Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
+        // Parameters that lay here are gone. Whoever holds the copies of weights frees such copies, which are none.
+        if let Some(weights) = self.weights.upgrade()
+            && let Ok(mut weights) = weights.try_borrow_mut()
+        {
+            weights.forget(View::new(self.address, self.bytes, Element::U8));
+        }
         self.driver.free(self.address);
     }
 }
@@ -57,8 +65,17 @@ impl Device {
     ///
     /// # Errors
     /// [`CudaError::Unavailable`]: no driver, no such device, a library that is missing.
-    pub fn open(_index: usize) -> Result<Self, CudaError> {
-        Err(CudaError::Unavailable("no GPU driver yet".into()))
+    pub fn open(index: usize) -> Result<Self, CudaError> {
+        Ok(Device::from_driver(Rc::new(Gpu::open(index)?)))
+    }
+
+    /// The CPU, on the library of kernels that `MCPIPE_SHIM` names (`tests/kernels/run` builds it). For tests.
+    ///
+    /// # Errors
+    /// [`CudaError::Unavailable`]: no such library.
+    #[cfg(feature = "shim")]
+    pub fn shim() -> Result<Self, CudaError> {
+        Ok(Device::from_driver(Rc::new(crate::driver::shim::Shim::from_env()?)))
     }
 
     /// What it is, for messages.
@@ -86,8 +103,10 @@ impl Device {
     /// # Errors
     /// [`CudaError::OutOfMemory`].
     pub fn alloc(&self, bytes: usize) -> Result<Memory, CudaError> {
-        let bytes = bytes.max(1).next_multiple_of(256);
-        Ok(Memory { driver: Rc::clone(&self.driver), address: self.driver.alloc(bytes)?, bytes })
+        // In tests exactly as much: what lies behind is guarded.
+        let bytes = if cfg!(feature = "shim") { bytes.max(1) } else { bytes.max(1).next_multiple_of(256) };
+        let address = self.driver.alloc(bytes)?;
+        Ok(Memory { driver: Rc::clone(&self.driver), address, bytes, weights: Rc::downgrade(&self.weights) })
     }
 
     /// Memory for one op's run, holding anything. Each call within an op gives other memory; the op's end gives all of
@@ -106,7 +125,11 @@ impl Device {
             held[i] = self.alloc(bytes)?;
         }
         self.taken.set(i + 1);
-        Ok(held[i].view(len, element))
+        let view = held[i].view(len, element);
+        // In tests, NaN instead of what the last op left there.
+        #[cfg(feature = "shim")]
+        self.fill(view, 0xff)?;
+        Ok(view)
     }
 
     /// Whether products may round f32 operands to tf32.
@@ -179,8 +202,28 @@ impl Device {
         self.driver.launch(kernel, shape, arguments)
     }
 
+    /// `d [m, n] = a [m, k] · b [n, k]ᵀ`, row-major and contiguous; `a` and `b` of one type.
+    ///
+    /// # Errors
+    /// What the library refuses.
+    pub fn matmul(&self, [m, n, k]: [usize; 3], a: View, b: View, d: View) -> Result<(), CudaError> {
+        self.product(&Product::new(m, n, k, false, true), a, b, d, None)
+    }
+
     pub(crate) fn product(&self, p: &Product, a: View, b: View, d: View, bias: Option<View>) -> Result<(), CudaError> {
         self.driver.product(&Product { tf32: self.tf32.get(), ..*p }, a, b, d, bias)
+    }
+
+    /// A product whose f32 operands are not rounded to tf32, whatever the precision.
+    pub(crate) fn product_exact(
+        &self,
+        p: &Product,
+        a: View,
+        b: View,
+        d: View,
+        bias: Option<View>,
+    ) -> Result<(), CudaError> {
+        self.driver.product(&Product { tf32: false, ..*p }, a, b, d, bias)
     }
 
     pub(crate) fn convolution(&self, pass: ConvPass, d: &Conv2d, x: View, w: View, y: View) -> Result<(), CudaError> {
@@ -193,5 +236,46 @@ impl Device {
     /// A kernel that failed.
     pub fn synchronize(&self) -> Result<(), CudaError> {
         self.driver.synchronize()
+    }
+
+    /// Seconds that the device takes for what `work` asks for.
+    ///
+    /// # Errors
+    /// What `work` gives, or a kernel that failed.
+    pub fn time(&self, mut work: impl FnMut() -> Result<(), CudaError>) -> Result<f64, CudaError> {
+        self.driver.time(&mut work)
+    }
+
+    /// Records what `work` asks for as a CUDA graph instead of doing it; none where the device can't record (then nothing
+    /// was done). Within `work` nothing may be allocated, uploaded or downloaded: run it once before.
+    ///
+    /// # Errors
+    /// What `work` gives, or a call that can't be recorded.
+    pub fn record(&self, work: impl FnOnce() -> Result<(), CudaError>) -> Result<Option<Recording>, CudaError> {
+        if !self.driver.begin_capture()? {
+            return Ok(None);
+        }
+        let ran = work();
+        // Also after a failure: the stream must leave the recording.
+        let id = self.driver.end_capture();
+        ran?;
+        Ok(Some(Recording { driver: Rc::clone(&self.driver), id: id? }))
+    }
+}
+
+/// Recorded work, to be done again and again on the same memory.
+#[derive(Clone, Debug)]
+pub struct Recording {
+    driver: Rc<dyn Driver>,
+    id: usize,
+}
+
+impl Recording {
+    /// Does it.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    pub fn replay(&self) -> Result<(), CudaError> {
+        self.driver.replay(self.id)
     }
 }

@@ -4,26 +4,36 @@ use std::ffi::c_void;
 
 use crate::view::{Address, View};
 
+/// What a kernel's parameter is, besides its size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Kind {
+    /// A struct by value.
+    Struct = b's',
+    /// A float.
+    Float = b'f',
+    /// An integer or an address.
+    Integer = b'i',
+}
+
 /// A type that kernels take by value.
 ///
 /// # Safety
 /// The layout must be that of the C++ parameter.
-pub unsafe trait Argument: Copy {}
+pub unsafe trait Argument: Copy {
+    /// What it is.
+    const KIND: Kind = Kind::Struct;
+}
 
-// SAFETY: View is repr(C) and mirrors kernels/common.cuh; the rest are the same in both languages.
-unsafe impl Argument for View {}
-// SAFETY: as above.
-unsafe impl Argument for Address {}
-// SAFETY: as above.
-unsafe impl Argument for i64 {}
-// SAFETY: as above.
-unsafe impl Argument for i32 {}
-// SAFETY: as above.
-unsafe impl Argument for u32 {}
-// SAFETY: as above.
-unsafe impl Argument for f32 {}
-// SAFETY: as above.
-unsafe impl Argument for f64 {}
+macro_rules! arguments {
+    ($($type:ty: $kind:ident),* $(,)?) => {$(
+        // SAFETY: View is repr(C) and mirrors kernels/common.cuh; the rest are the same in both languages.
+        unsafe impl Argument for $type {
+            const KIND: Kind = Kind::$kind;
+        }
+    )*};
+}
+arguments!(View: Struct, Address: Integer, i64: Integer, i32: Integer, u32: Integer, f32: Float, f64: Float);
 
 /// Longest argument list in bytes, each argument in a cell of its own.
 const ROOM: usize = 4096;
@@ -34,13 +44,20 @@ const MOST: usize = 64;
 pub struct Arguments {
     room: Box<[u128; ROOM / 16]>,
     offsets: [usize; MOST],
+    types: [(Kind, usize); MOST],
     count: usize,
     used: usize,
 }
 
 impl Default for Arguments {
     fn default() -> Self {
-        Arguments { room: Box::new([0; ROOM / 16]), offsets: [0; MOST], count: 0, used: 0 }
+        Arguments {
+            room: Box::new([0; ROOM / 16]),
+            offsets: [0; MOST],
+            types: [(Kind::Integer, 0); MOST],
+            count: 0,
+            used: 0,
+        }
     }
 }
 
@@ -52,8 +69,14 @@ impl Arguments {
         // SAFETY: the cells lie within the room, aligned to 16 bytes, and T is plain data.
         unsafe { self.room.as_mut_ptr().add(self.used).cast::<T>().write_unaligned(value) };
         self.offsets[self.count] = self.used;
+        self.types[self.count] = (T::KIND, size_of::<T>());
         self.count += 1;
         self.used += cells;
+    }
+
+    /// Kind and bytes of each argument, in order.
+    pub fn types(&self) -> &[(Kind, usize)] {
+        &self.types[..self.count]
     }
 
     /// Addresses of the arguments, in order.

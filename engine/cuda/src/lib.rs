@@ -9,16 +9,22 @@
 //! * [`Cuda`] is the [`Backend`](mcpipe_graph::Backend) that an executor walks with.
 
 mod backend;
+pub mod batch;
 mod device;
+pub mod doctor;
 mod driver;
 mod error;
 mod launch;
+mod library;
 mod ops;
+pub mod optim;
 mod store;
 mod view;
 
 pub use backend::{Buffer, Cuda, Precision};
-pub use device::{Device, Memory};
+pub use device::{Device, Memory, Recording};
+pub use driver::gpu::{GpuInfo, gpus};
 pub use error::CudaError;
+pub use library::{Library, Place};
 pub use store::{Gradients, Parameters};
 pub use view::{Address, Element, View};

@@ -184,6 +184,7 @@ impl<B: Backend> Executor<B> {
 
     fn count(&mut self, node: &Node, op: &Op, since: Instant, backward: bool) {
         let Some(profile) = &mut self.profile else { return };
+        self.backend.settle();
         let detail = match op {
             Op::Conv2d(d) | Op::FusedConv(FusedConv { conv: d, .. }) => {
                 format!("{}x{} stride {}", d.kh, d.kw, d.stride)

@@ -62,7 +62,7 @@ extern "C" __global__ void __launch_bounds__(64) test_fault(View x, View y, int 
     case 2: room[i] = load(x, i); store(y, i, room[63 - i]); break; // no barrier between
     case 3: if (i % 32 < 16) __syncwarp(); else i = __shfl_sync(~0u, i, 0); store(y, i, 0.0f); break; // lanes disagree
     case 4: raw[blockDim.x + i] = 1; break;                         // behind dynamic shared memory
-    case 5: { float eight[8]; load8(x, i + 1, eight); break; }      // not aligned
+    case 5: { float eight[8]; load8(x, i % 32 + 1, eight); break; } // not aligned
     case 6: if (i < 7) { float s = warp_sum(1.0f); store(y, i, s); } else __syncthreads(); break; // never together
     case 7: ((float*)y.data)[y.len] = 1.0f; break;                  // past the view, past the memory
     case 8: { // an asynchronous copy that nobody waits for

@@ -21,7 +21,7 @@
 #include <thread>
 #include <vector>
 
-#if !defined(__x86_64__)
+#if !defined(__x86_64__) || defined(MCPIPE_SHIM_UCONTEXT)
 #include <ucontext.h>
 #endif
 
@@ -46,7 +46,7 @@ static Order order_of(const char* variable) {
 
 // ---- fibers -------------------------------------------------------------------------------------------------------
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(MCPIPE_SHIM_UCONTEXT)
 extern "C" void mcpipe_shim_switch(void** from, void* to);
 // The registers that a function must keep, and the stack. The floating-point environment is one for all.
 asm(R"(
@@ -72,9 +72,9 @@ mcpipe_shim_switch:
 )");
 struct Context {
   void* stack_pointer = nullptr;
-  void start(char* stack, void (*entry)()) {
+  void start(char* stack, size_t bytes, void (*entry)()) {
     // As if a call had just pushed a return address: 8 below a multiple of 16 once entry runs.
-    void** top = (void**)(stack + STACK) - 2;
+    void** top = (void**)(stack + bytes) - 2;
     *top = (void*)entry;
     for (int i = 0; i < 6; i++) *--top = nullptr;
     stack_pointer = top;
@@ -84,10 +84,10 @@ struct Context {
 #else
 struct Context {
   ucontext_t context;
-  void start(char* stack, void (*entry)()) {
+  void start(char* stack, size_t bytes, void (*entry)()) {
     getcontext(&context);
     context.uc_stack.ss_sp = stack;
-    context.uc_stack.ss_size = STACK;
+    context.uc_stack.ss_size = bytes;
     context.uc_link = nullptr;
     makecontext(&context, entry, 0);
   }
@@ -129,7 +129,7 @@ struct Launch {
 
   void report(const char* text) {
     std::lock_guard<std::mutex> hold(lock);
-    if (!failed.exchange(true) && error_len) snprintf(error, error_len, "kernel %s (kernels/%s.cu): %s", kernel->name, kernel->file, text);
+    if (!failed.exchange(true) && error_len) snprintf(error, error_len, "%s", text);
   }
 };
 
@@ -248,7 +248,8 @@ void Worker::begin(unsigned long long block) {
     f.place = {i % l.block.x, i / l.block.x % l.block.y, i / l.block.x / l.block.y};
     f.copies.clear();
     f.group = 0;
-    f.context.start(stack(i), fiber_main);
+    // Not all at one place of a page: they would fight for the same lines of the cache.
+    f.context.start(stack(i), STACK - i % 14 * 320, fiber_main);
     alive[i / 32] |= 1u << i % 32;
   }
   memcpy(ready, alive, sizeof ready);

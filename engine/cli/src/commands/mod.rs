@@ -3,6 +3,7 @@
 pub mod check;
 pub mod classify;
 pub mod data;
+pub mod doctor;
 pub mod embed;
 pub mod export;
 pub mod graph;

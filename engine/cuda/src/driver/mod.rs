@@ -1,5 +1,8 @@
 //! What runs kernels: a GPU through cudarc, or, for tests, the CPU.
 
+pub(crate) mod blas;
+pub(crate) mod compile;
+pub(crate) mod dnn;
 pub(crate) mod gpu;
 #[cfg(feature = "shim")]
 pub(crate) mod shim;
@@ -95,4 +98,12 @@ pub(crate) trait Driver: Debug {
     fn end_capture(&self) -> Result<usize, CudaError>;
     /// Does what recording `id` holds.
     fn replay(&self, id: usize) -> Result<(), CudaError>;
+    /// Seconds that the device takes for what `work` asks for.
+    fn time(&self, work: &mut dyn FnMut() -> Result<(), CudaError>) -> Result<f64, CudaError> {
+        self.synchronize()?;
+        let start = std::time::Instant::now();
+        work()?;
+        self.synchronize()?;
+        Ok(start.elapsed().as_secs_f64())
+    }
 }

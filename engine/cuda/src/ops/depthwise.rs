@@ -1,15 +1,283 @@
-//! Depthwise convolutions: `kernels/depthwise.cu`.
+//! Depthwise convolutions: `kernels/depthwise.cu` and `kernels/depthwise_filter.cu`.
 
+use mcpipe_cpu::conv::Conv2d;
+use mcpipe_cpu::token_conv::TokenConv;
 use mcpipe_graph::Op;
 
 use crate::device::Device;
 use crate::error::CudaError;
-use crate::view::{Forward, Vjp};
+use crate::launch::{Argument, Arguments, Kernel, Kind, Shape, launch};
+use crate::view::{Element, Forward, Grad, View, Vjp};
 
-pub(crate) fn forward(_: &Device, op: &Op, _: Forward<'_>) -> Result<(), CudaError> {
-    Err(super::unsupported(op))
+/// `Conv` of `depthwise.cuh`.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+struct Conv {
+    batch: i32,
+    h: i32,
+    w: i32,
+    oh: i32,
+    ow: i32,
+    c: i32,
+    m: i32,
+    kh: i32,
+    kw: i32,
+    stride: i32,
+    pad_h: i32,
+    pad_w: i32,
+    lanes: i32,
 }
 
-pub(crate) fn vjp(_: &Device, op: &Op, _: Vjp<'_>) -> Result<(), CudaError> {
-    Err(super::unsupported(op))
+// SAFETY: repr(C), the fields of the C++ struct in order.
+unsafe impl Argument for Conv {
+    const KIND: Kind = Kind::Struct;
+}
+
+/// Threads of a block of the vector kernels.
+const THREADS: usize = 128;
+
+impl Conv {
+    fn new(d: &Conv2d) -> Self {
+        let [batch, h, w, oh, ow] = [d.batch, d.h, d.w, d.out_h(), d.out_w()].map(|v| v as i32);
+        let [c, kh, kw, stride, pad] = [d.c_out, d.kh, d.kw, d.stride, d.pad].map(|v| v as i32);
+        let m = (d.c_out / d.c_in) as i32;
+        Conv { batch, h, w, oh, ow, c, m, kh, kw, stride, pad_h: pad, pad_w: pad, lanes: 0 }
+    }
+
+    /// Over tokens: an image of one column.
+    fn tokens(d: &TokenConv) -> Self {
+        let [batch, h, c, kh] = [d.batch, d.tokens, d.channels, d.kernel].map(|v| v as i32);
+        let (w, pad_h) = (1, kh / 2);
+        Conv { batch, h, w, oh: h, ow: w, c, m: 1, kh, kw: 1, stride: 1, pad_h, pad_w: 0, lanes: 0 }
+    }
+
+    fn inputs(&self) -> usize {
+        [self.batch, self.h, self.w, self.c / self.m].map(|v| v as usize).iter().product()
+    }
+
+    fn outputs(&self) -> usize {
+        [self.batch, self.oh, self.ow, self.c].map(|v| v as usize).iter().product()
+    }
+
+    fn taps(&self) -> usize {
+        (self.kh * self.kw) as usize
+    }
+
+    /// Whether the kernels with vector loads, `width` channels a thread, take these sizes, and of which element type.
+    fn vector(&self, width: i32, tensors: [View; 2]) -> Option<Element> {
+        let [a, b] = tensors.map(|t| t.element);
+        let square = self.kh == self.kw && matches!(self.kh, 3 | 5 | 7) && matches!(self.stride, 1 | 2);
+        // Pixel blocks are counted in 32 bits.
+        let few = self.outputs().max(self.inputs()) / self.c.max(1) as usize <= i32::MAX as usize / 2;
+        (square && few && self.m == 1 && self.c % width == 0 && a == b).then_some(a)
+    }
+
+    /// Cuts the channels, `width` a thread, into tiles of at most `most` threads; the tiles.
+    fn cut(&mut self, width: usize, most: usize) -> usize {
+        let groups = self.c as usize / width;
+        let lanes = groups.div_ceil(groups.div_ceil(most));
+        self.lanes = lanes as i32;
+        groups.div_ceil(lanes)
+    }
+
+    /// Blocks along pixels when a thread takes `rows` by `columns` pixels, and `per_processor` blocks fit.
+    fn blocks(&self, dev: &Device, rows: i32, columns: i32, tiles: usize, per_processor: usize) -> usize {
+        let items = self.batch as usize * (self.oh as usize).div_ceil(rows as usize);
+        let items = items * (self.ow as usize).div_ceil(columns as usize);
+        let wanted = (per_processor * dev.processors() / tiles).max(1);
+        items.div_ceil(THREADS / self.lanes as usize).min(wanted).max(1)
+    }
+}
+
+/// The kernel for squares of side `k`.
+fn named(names: [&'static str; 3], k: i32) -> &'static str {
+    names[(k as usize - 3) / 2]
+}
+
+/// y = conv(x, w) + bias, the sizes being depthwise: `groups == c_in`.
+pub(crate) fn convolve(
+    dev: &Device,
+    d: &Conv2d,
+    x: View,
+    w: View,
+    bias: Option<View>,
+    y: View,
+) -> Result<(), CudaError> {
+    correlate(dev, Conv::new(d), x, w, bias, y)
+}
+
+fn correlate(dev: &Device, d: Conv, x: View, w: View, bias: Option<View>, y: View) -> Result<(), CudaError> {
+    let bias = bias.unwrap_or(View::none());
+    match d.vector(4, [x, y]) {
+        Some(element) if d.stride == 1 => square(dev, d, element, None, [x, w, bias, y], false),
+        Some(element) => square(dev, d, element, Some(i32::from(element == Element::F32) + 1), [x, w, bias, y], false),
+        None => {
+            let n = d.outputs();
+            launch!(dev, "depthwise", "depthwise_any", Shape::items(n), x, w, bias, y, d, n as i64)
+        }
+    }
+}
+
+/// Runs a square kernel: at stride 1 (`other` none; flipped for the gradient by x), else variant `other`.
+/// `views`: image read, weights, bias, image written.
+fn square(
+    dev: &Device,
+    mut d: Conv,
+    element: Element,
+    other: Option<i32>,
+    views: [View; 4],
+    accumulate: bool,
+) -> Result<(), CudaError> {
+    square_flipped(dev, &mut d, element, other, views, false, accumulate)
+}
+
+fn square_flipped(
+    dev: &Device,
+    d: &mut Conv,
+    element: Element,
+    other: Option<i32>,
+    views: [View; 4],
+    flip: bool,
+    accumulate: bool,
+) -> Result<(), CudaError> {
+    let tiles = d.cut(4, 16);
+    let waste = |rows: i32| (d.oh + rows - 1) / rows * rows;
+    let others = ["depthwise_3_other", "depthwise_5_other", "depthwise_7_other"];
+    let (name, variant, rows, columns) = match other {
+        Some(variant) => (
+            named(others, d.kh),
+            variant,
+            if variant > 3 && d.kh == 7 { 2 } else { 4 },
+            if variant < 3 { 1 } else { 2 },
+        ),
+        None if element == Element::F32 => (named(others, d.kh), 0, 4, 2),
+        None => {
+            let long = d.kh > 3 && waste(7) <= waste(4);
+            let name = named(["depthwise_3", "depthwise_5", "depthwise_7"], d.kh);
+            (name, i32::from(!long), if long { 7 } else { 4 }, 2)
+        }
+    };
+    let fits = if d.kh == 3 && other.is_none() { 5 } else { 3 };
+    let blocks = d.blocks(dev, rows, columns, tiles, fits);
+    let mut arguments = Arguments::default();
+    views.into_iter().for_each(|view| arguments.push(view));
+    arguments.push(*d);
+    [i32::from(flip), i32::from(accumulate), variant].into_iter().for_each(|value| arguments.push(value));
+    dev.launch(Kernel { file: "depthwise", name }, Shape::grid([blocks, tiles, 1], THREADS as u32), arguments)
+}
+
+/// dx (+)= the transposed convolution of dy.
+fn data(dev: &Device, d: Conv, w: View, dy: View, dx: Grad) -> Result<(), CudaError> {
+    // The image read is dy, the one written dx.
+    let mut back = Conv { h: d.oh, w: d.ow, oh: d.h, ow: d.w, ..d };
+    let views = [dy, w, View::none(), dx.view];
+    match d.vector(4, [dy, dx.view]) {
+        Some(element) if d.stride == 1 => {
+            (back.pad_h, back.pad_w) = (d.kh - 1 - d.pad_h, d.kw - 1 - d.pad_w);
+            square_flipped(dev, &mut back, element, None, views, true, dx.accumulate)
+        }
+        Some(element) if d.pad_h == d.kh / 2 && d.pad_w == d.kw / 2 => {
+            square(dev, back, element, Some(i32::from(element == Element::F32) + 3), views, dx.accumulate)
+        }
+        _ => {
+            let (n, accumulate) = (d.inputs(), i32::from(dx.accumulate));
+            launch!(dev, "depthwise", "depthwise_any_data", Shape::items(n), w, dy, dx.view, d, n as i64, accumulate)
+        }
+    }
+}
+
+/// dw and dbias.
+fn filter(
+    dev: &Device,
+    mut d: Conv,
+    x: View,
+    dy: View,
+    dw: Option<Grad>,
+    dbias: Option<Grad>,
+) -> Result<(), CudaError> {
+    let line = (d.taps() + 1) * d.c as usize;
+    let width = if d.kh == 3 { 4 } else { 2 };
+    let (partials, blocks) = match d.vector(width, [x, dy]) {
+        Some(element) => {
+            let tiles = d.cut(width as usize, 64 / width as usize);
+            let f32s = element == Element::F32;
+            let variant = i32::from(f32s) + if d.stride == 2 { 2 } else { 0 };
+            let rows = if d.stride == 2 {
+                2
+            } else if d.kh == 3 || f32s {
+                4
+            } else {
+                7
+            };
+            let columns = if variant == 0 { 2 } else { 1 };
+            let blocks = d.blocks(dev, rows, columns, tiles, if d.kh == 7 { 2 } else { 3 });
+            let partials = dev.scratch(blocks * line, Element::F32)?;
+            let name = named(["depthwise_filter_3", "depthwise_filter_5", "depthwise_filter_7"], d.kh);
+            let mut arguments = Arguments::default();
+            [x, dy, partials].into_iter().for_each(|view| arguments.push(view));
+            arguments.push(d);
+            arguments.push(variant);
+            let shape = Shape::grid([blocks, tiles, 1], THREADS as u32);
+            dev.launch(Kernel { file: "depthwise_filter", name }, shape, arguments)?;
+            (partials, blocks)
+        }
+        None => {
+            let (tiles, pixels) = ((d.c as usize).div_ceil(32), d.outputs() / d.c as usize);
+            let wanted = (8 * dev.processors() / (tiles * (d.taps() + 1))).max(1);
+            let blocks = pixels.div_ceil(64).min(wanted);
+            let partials = dev.scratch(blocks * line, Element::F32)?;
+            let shape = Shape::grid([blocks, tiles, d.taps() + 1], 256);
+            launch!(dev, "depthwise_filter", "depthwise_any_filter", shape, x, dy, partials, d)?;
+            (partials, blocks)
+        }
+    };
+    let target = |g: Option<Grad>| g.map_or((View::none(), 0), |g| (g.view, i32::from(g.accumulate)));
+    let ((dw, add_w), (dbias, add_bias)) = (target(dw), target(dbias));
+    let (shape, taps, blocks) = (Shape::row(line.div_ceil(32), 256), d.taps() as i32, blocks as i32);
+    let c = d.c;
+    launch!(
+        dev,
+        "depthwise_filter",
+        "depthwise_filter_merge",
+        shape,
+        partials,
+        dw,
+        dbias,
+        taps,
+        c,
+        blocks,
+        add_w,
+        add_bias
+    )
+}
+
+fn sizes(op: &Op) -> Result<Conv, CudaError> {
+    match op {
+        Op::Conv2d(d) if d.c_out.is_multiple_of(d.c_in.max(1)) => Ok(Conv::new(d)),
+        Op::TokenConv(d) => Ok(Conv::tokens(d)),
+        _ => Err(super::unsupported(op)),
+    }
+}
+
+pub(crate) fn forward(dev: &Device, op: &Op, io: Forward<'_>) -> Result<(), CudaError> {
+    let d = sizes(op)?;
+    if d.outputs() == 0 {
+        return Ok(());
+    }
+    correlate(dev, d, io.ins[0], io.ins[1], io.ins.get(2).copied(), io.out)
+}
+
+pub(crate) fn vjp(dev: &Device, op: &Op, io: Vjp<'_>) -> Result<(), CudaError> {
+    let d = sizes(op)?;
+    if d.inputs() == 0 || d.outputs() == 0 {
+        return Ok(());
+    }
+    if let Some(dx) = io.grads[0] {
+        data(dev, d, io.ins[1], io.dout, dx)?;
+    }
+    let (dw, dbias) = (io.grads[1], io.grads.get(2).copied().flatten());
+    if dw.is_some() || dbias.is_some() {
+        filter(dev, d, io.ins[0], io.dout, dw, dbias)?;
+    }
+    Ok(())
 }

@@ -1,13 +1,17 @@
 //! Ops by family: each chooses kernels and their launch shapes.
 
 pub(crate) mod attention;
+pub(crate) mod columns;
 pub(crate) mod dense;
 pub(crate) mod depthwise;
 pub(crate) mod elementwise;
+pub(crate) mod embedding;
 pub(crate) mod layout;
 pub(crate) mod loss;
 pub(crate) mod norm;
 pub(crate) mod pooling;
+#[cfg(test)]
+mod tests;
 
 use mcpipe_graph::Op;
 

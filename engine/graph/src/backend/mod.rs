@@ -174,6 +174,8 @@ pub trait Backend: Layout {
     fn begin(&mut self, _graph: &StepGraph) -> Result<(), BackendError> {
         Ok(())
     }
+    /// Waits for what was asked for, so that a node can be timed.
+    fn settle(&self) {}
     /// Copies host values to the front of `buffer`.
     fn upload(&mut self, values: &[f32], dtype: Dtype, buffer: &mut Self::Buffer);
     /// Copies host ids into `ids`.

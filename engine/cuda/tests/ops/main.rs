@@ -2,7 +2,8 @@
 //! ones. Runs on a GPU where there is one and `MCPIPE_TEST_GPU` is set; with the feature `shim` on the CPU, on the library
 //! that `tests/kernels/run` builds.
 
-#[path = "../../graph/tests/support/mod.rs"]
+mod dense;
+#[path = "../../../graph/tests/support/mod.rs"]
 mod support;
 
 use mcpipe_cuda::{Cuda, Device, Gradients, Parameters, Precision};
