@@ -151,7 +151,7 @@ template <int COLS> struct Bands {
 extern "C" __global__ void __launch_bounds__(THREADS)
     relational_statistics(const __grid_constant__ Operands sides, const __grid_constant__ Problem p,
                           const __grid_constant__ Targets targets, View scale, float* row_parts, float* col_parts,
-                          double* dots, int row0, int row_tiles, int alone, int stages) {
+                          double* dots, int row0, int row_tiles, int stages) {
   DYNAMIC_SHARED(room);
   __shared__ double sums[32];
   using Work = Products<128, AlongColumns>;
@@ -165,7 +165,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   Work work(sides, p, walk, room, stages);
   int half = warp >> 2, quarter = warp & 3;
   float* columns = col_parts + (i64)(2 * tile + half) * (1 + 2 * K) * p.col_stride;
-  Statistics<4, 4, float> s = {p, targets, lane, walk.row0 + half * 64, load(scale, 0) * LOG2E, dots != nullptr, alone != 0,
+  Statistics<4, 4, float> s = {p, targets, lane, walk.row0 + half * 64, load(scale, 0) * LOG2E, dots != nullptr,
                                held + quarter * ROWS + half * 64, 4 * ROWS, columns, K, 0.0f, 0.0f};
   __syncthreads();
   for (int j = first; j < last; j++) {

@@ -40,9 +40,9 @@ struct Targets {
   const int2* spans;
 };
 
-// The rows held, where they lie among the columns' images, and all columns.
+// The rows held, where they lie among the columns' images, and all columns; the teachers of this launch and of the op.
 struct Problem {
-  int rows, first_row, cols, teachers;
+  int rows, first_row, cols, teachers, all_teachers;
   // Rows and columns rounded up to whole tiles of 128: strides of statistics.
   int row_stride, col_stride;
 };

@@ -55,7 +55,7 @@ __device__ __forceinline__ void multiply(const Operands& sides, const Problem& p
 extern "C" __global__ void __launch_bounds__(THREADS)
     relational_statistics_f32(const __grid_constant__ Operands sides, const __grid_constant__ Problem p,
                               const __grid_constant__ Targets targets, View scale, double* row_parts, double* col_parts,
-                              double* dots, int row0, int row_tiles, int alone) {
+                              double* dots, int row0, int row_tiles) {
   DYNAMIC_SHARED(room);
   __shared__ __align__(16) float left[SIDE * PITCH], right[SIDE * PITCH];
   __shared__ double sums[32];
@@ -69,7 +69,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 
   int row = row0 + tile * SIDE;
   double* columns = col_parts + (i64)tile * (1 + 2 * K) * p.col_stride;
-  Statistics<4, 1, double> s = {p, targets, lane, row, (double)load(scale, 0) * LOG2E_WIDE, dots != nullptr, alone != 0,
+  Statistics<4, 1, double> s = {p, targets, lane, row, (double)load(scale, 0) * LOG2E_WIDE, dots != nullptr,
                                 held + warp * SIDE, 8 * SIDE, columns, K, 0.0, 0.0};
   for (int j = first; j < last; j++) {
     double x[4][1][4], y[4][1][4];

@@ -80,7 +80,7 @@ __device__ __forceinline__ void merge(const Real* parts, int count, i64 stride, 
 extern "C" __global__ void __launch_bounds__(256)
     relational_merge(const __grid_constant__ Problem p, const void* row_parts, int row_count, int strip_rows, int row0,
                      const void* col_parts, int col_count, float* row_state, float* col_state, const double* dots,
-                     int dot_count, float* scalars, int teacher, int all, int fresh, int wide, int col_blocks) {
+                     int dot_count, float* scalars, int teacher, int fresh, int wide, int col_blocks) {
   __shared__ double room[32];
   if (blockIdx.x + 1 == gridDim.x) {
     if (!dots) return;
@@ -94,7 +94,8 @@ extern "C" __global__ void __launch_bounds__(256)
     return;
   }
   bool student = teacher == 0;
-  if (blockIdx.x < col_blocks) {
+  int all = p.all_teachers;
+  if ((int)blockIdx.x < col_blocks) {
     i64 j = (i64)blockIdx.x * blockDim.x + threadIdx.x;
     if (j >= p.cols) return;
     if (wide) {

@@ -15,7 +15,6 @@ template <int MF, int NF, class Real> struct Statistics {
   int row0;          // the warp's first row
   Real scale;        // of the cosines, times log₂e
   bool dots;         // whether to sum targets times logits
-  bool alone;        // one teacher: T − S is averaged under its softmax; else −S
   Part<Real>* room;  // [set][...][rows]: the warp's rows, running
   int room_stride;   // from one set to the next
   Real* columns;     // [quantity][col_stride]: the partials of the warp's rows
@@ -89,7 +88,8 @@ template <int MF, int NF, class Real> struct Statistics {
     bool simple = sizeof(Real) == 4 && plain(y, col0);
     if (!simple) mask<MF, NF>(y, lane, row0, col0, p);
     Part<Real> rows[Rows<MF>::OWN], cols[Columns<NF>::OWN];
-    Real share = alone ? Real(1) : Real(0);
+    // Under one teacher's softmax T − S is averaged, under each of several −S.
+    Real share = p.all_teachers == 1 ? Real(1) : Real(0);
     tile_sums<true, MF, NF>(
         y, [&](int m, int n, int e) { return (float)(share * y[m][n][e] - x[m][n][e]); }, lane, simple, rows, cols);
     keep(set, rows, cols, col0);

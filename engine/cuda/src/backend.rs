@@ -73,6 +73,7 @@ impl Cuda {
     /// A backend on `device`.
     pub fn new(device: Device, precision: Precision) -> Self {
         device.set_tf32(precision == Precision::Tf32);
+        device.set_bf16(precision == Precision::Bf16);
         Cuda { device, precision, failed: Rc::default() }
     }
 
@@ -130,6 +131,7 @@ impl Layout for Cuda {
         match op {
             // The log-sum-exp of each row; probabilities are computed again.
             Op::Attention(d) | Op::MaskedAttention(d) => vec![d.batch * d.heads * d.tokens],
+            Op::Relational(d) => ops::relational::saved(d),
             _ => op.saved(),
         }
     }

@@ -53,12 +53,20 @@ pub struct Device {
     scratch: Rc<RefCell<Vec<Memory>>>,
     taken: Rc<Cell<usize>>,
     tf32: Rc<Cell<bool>>,
+    bf16: Rc<Cell<bool>>,
     pub(crate) weights: Rc<RefCell<Weights>>,
 }
 
 impl Device {
     pub(crate) fn from_driver(driver: Rc<dyn Driver>) -> Self {
-        Device { driver, scratch: Rc::default(), taken: Rc::default(), tf32: Rc::default(), weights: Rc::default() }
+        Device {
+            driver,
+            scratch: Rc::default(),
+            taken: Rc::default(),
+            tf32: Rc::default(),
+            bf16: Rc::default(),
+            weights: Rc::default(),
+        }
     }
 
     /// GPU number `index`.
@@ -135,6 +143,15 @@ impl Device {
     /// Whether products may round f32 operands to tf32.
     pub fn set_tf32(&self, tf32: bool) {
         self.tf32.set(tf32);
+    }
+
+    /// Whether losses round embeddings to bf16.
+    pub fn set_bf16(&self, bf16: bool) {
+        self.bf16.set(bf16);
+    }
+
+    pub(crate) fn bf16(&self) -> bool {
+        self.bf16.get()
     }
 
     /// Says that the weights in `range` were changed: copies of them in other types are out of date.

@@ -70,7 +70,10 @@ impl Case {
             Kind::MapAndPlain => {
                 let (y, map) = (g.attention(&x[0], h, false)?, g.attention_map(&x[0], h, false)?);
                 let zeros = g.scale(&y, 0.0);
-                let (one, other) = (g.mse(&y, &zeros)?, { let half = g.scale(&map, 0.5); g.mse(&map, &half)? });
+                let (one, other) = (g.mse(&y, &zeros)?, {
+                    let half = g.scale(&map, 0.5);
+                    g.mse(&map, &half)?
+                });
                 g.add(&one, &other)
             }
             Kind::Pool => g.attention_pool(&x[0], &x[1], h),
@@ -238,7 +241,8 @@ fn attention_matches_the_cpu_in_bf16() {
 fn a_nan_reaches_the_rows_that_see_it() {
     let Some(device) = device() else { return };
     for precision in [Precision::F32, Precision::Bf16] {
-        for case in [Case(Kind::Plain, [2, 70, 2, 20]), Case(Kind::Plain, [2, 150, 2, 64]), Case(Kind::Map, [2, 70, 2, 20])]
+        for case in
+            [Case(Kind::Plain, [2, 70, 2, 20]), Case(Kind::Plain, [2, 150, 2, 64]), Case(Kind::Map, [2, 70, 2, 20])]
         {
             let [_, n, h, d] = case.1;
             let part = h * d;
