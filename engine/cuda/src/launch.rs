@@ -41,6 +41,7 @@ const ROOM: usize = 4096;
 const MOST: usize = 64;
 
 /// The arguments of one launch, each 16-byte aligned.
+#[derive(Clone)]
 pub struct Arguments {
     room: Box<[u128; ROOM / 16]>,
     offsets: [usize; MOST],

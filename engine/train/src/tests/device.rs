@@ -191,3 +191,30 @@ fn encoders_give_what_the_cpu_gives() {
     let doubled: Vec<f32> = first.iter().map(|v| 2.0 * v).collect();
     assert!(close(&doubled, &second));
 }
+
+/// New captions make the text encoder run between steps, recorded ones too; each step sees the weights of the one before.
+#[test]
+fn captions_that_are_new_leave_recorded_steps_right() {
+    let Some(compute) = device() else { return };
+    let losses = |compute: &Compute| -> Vec<f64> {
+        let mut s = setup(conv(6, true), training(8, 4, 1));
+        let tower = BagOfTokens { dim: 6 };
+        let mut store = ParamStore::default();
+        Encoder::init_captions(&tower, &mut store, 11).unwrap();
+        s.texts = vec![CaptionEncoder::new(&tower, tokenize(), Arc::new(store), compute).unwrap()];
+        s.optimizer = Arc::new(Sgd { lr: 0.1, ..Sgd::default() });
+        s.compute = compute.clone();
+        let mut trainer = Trainer::new(s).unwrap();
+        let source = Random::new(4, false);
+        let step = |step: u64| {
+            let mut batch = source.batch(step % 2);
+            batch.captions = (0..4).map(|i| format!("{} at {step}", ["a", "lamp", "the sea", "zebra"][i])).collect();
+            trainer.one(&batch).unwrap().loss
+        };
+        (0..8).map(step).collect()
+    };
+    let (cpu, device) = (losses(&Compute::default()), losses(&compute));
+    for (a, b) in cpu.iter().zip(&device) {
+        assert!((a - b).abs() <= 1e-3 * a.abs(), "{cpu:?}\n{device:?}");
+    }
+}

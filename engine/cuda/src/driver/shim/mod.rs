@@ -5,6 +5,7 @@
 //! leaves its memory is refused.
 
 mod dense;
+mod recording;
 #[cfg(test)]
 mod tests;
 
@@ -19,6 +20,7 @@ use std::path::Path;
 use libloading::Library;
 use mcpipe_cpu::conv::Conv2d;
 
+use self::recording::Job;
 use super::{ConvPass, Driver, Product};
 use crate::error::CudaError;
 use crate::launch::{Arguments, Kernel, Kind, Shape};
@@ -49,6 +51,9 @@ pub(crate) struct Shim {
     total: usize,
     /// Bytes by address.
     held: RefCell<BTreeMap<Address, usize>>,
+    /// What is being recorded, and what was.
+    recording: RefCell<Option<Vec<Job>>>,
+    recordings: RefCell<Vec<Vec<Job>>>,
     /// Keeps `launch` loaded.
     _library: Library,
 }
@@ -86,7 +91,8 @@ impl Shim {
         let library = unsafe { Library::new(path) }.map_err(unavailable)?;
         // SAFETY: tests/kernels/shim/runtime.cpp declares it so.
         let launch = *unsafe { library.get::<Launch>(b"mcpipe_launch\0") }.map_err(unavailable)?;
-        Ok(Shim { launch, total, held: RefCell::default(), _library: library })
+        let (recording, recordings) = (RefCell::default(), RefCell::default());
+        Ok(Shim { launch, total, held: RefCell::default(), recording, recordings, _library: library })
     }
 
     /// The memory that holds `bytes` bytes from `address` on.
@@ -157,6 +163,7 @@ impl Driver for Shim {
     }
 
     fn alloc(&self, bytes: usize) -> Result<Address, CudaError> {
+        self.not_recorded("alloc")?;
         let (free, total) = self.memory();
         if bytes > free {
             return Err(CudaError::OutOfMemory { wanted: bytes, free, total });
@@ -190,6 +197,7 @@ impl Driver for Shim {
     }
 
     fn upload(&self, from: &[u8], to: Address) -> Result<(), CudaError> {
+        self.not_recorded("upload")?;
         self.check("upload", to, from.len())?;
         // SAFETY: checked; host slices are never this object's memory.
         unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to as *mut u8, from.len()) };
@@ -197,11 +205,15 @@ impl Driver for Shim {
     }
 
     fn download(&self, from: Address, to: &mut [u8]) -> Result<(), CudaError> {
+        self.not_recorded("download")?;
         to.copy_from_slice(self.bytes("download", from, to.len())?);
         Ok(())
     }
 
     fn copy(&self, from: Address, to: Address, bytes: usize) -> Result<(), CudaError> {
+        if self.records(|| Job::Copy(from, to, bytes)) {
+            return Ok(());
+        }
         self.check("copy", from, bytes)?;
         self.check("copy", to, bytes)?;
         // SAFETY: checked; the ranges may overlap.
@@ -210,6 +222,9 @@ impl Driver for Shim {
     }
 
     fn fill(&self, to: Address, byte: u8, bytes: usize) -> Result<(), CudaError> {
+        if self.records(|| Job::Fill(to, byte, bytes)) {
+            return Ok(());
+        }
         self.check("fill", to, bytes)?;
         // SAFETY: checked.
         unsafe { (to as *mut u8).write_bytes(byte, bytes) };
@@ -217,6 +232,9 @@ impl Driver for Shim {
     }
 
     fn launch(&self, kernel: Kernel, shape: Shape, mut arguments: Arguments) -> Result<(), CudaError> {
+        if self.records(|| Job::Launch(kernel, shape, arguments.clone())) {
+            return Ok(());
+        }
         let call = format!("kernel {} of kernels/{}.cu", kernel.name, kernel.file);
         let mut pointers = arguments.pointers();
         for (&pointer, &(kind, bytes)) in pointers.iter().zip(arguments.types()) {
@@ -257,10 +275,16 @@ impl Driver for Shim {
     }
 
     fn product(&self, p: &Product, a: View, b: View, d: View, bias: Option<View>) -> Result<(), CudaError> {
+        if self.records(|| Job::Product(*p, a, b, d, bias)) {
+            return Ok(());
+        }
         dense::product(self, p, a, b, d, bias)
     }
 
     fn convolution(&self, pass: ConvPass, d: &Conv2d, x: View, w: View, y: View, tf32: bool) -> Result<(), CudaError> {
+        if self.records(|| Job::Convolution(pass, *d, [x, w, y], tf32)) {
+            return Ok(());
+        }
         dense::convolution(self, pass, d, [x, w, y], tf32)
     }
 
@@ -269,14 +293,15 @@ impl Driver for Shim {
     }
 
     fn begin_capture(&self) -> Result<bool, CudaError> {
-        Ok(false)
+        self.begin();
+        Ok(true)
     }
 
     fn end_capture(&self) -> Result<usize, CudaError> {
-        Err(failed("end_capture", "nothing is recorded here"))
+        self.end()
     }
 
-    fn replay(&self, _: usize) -> Result<(), CudaError> {
-        Err(failed("replay", "nothing is recorded here"))
+    fn replay(&self, id: usize) -> Result<(), CudaError> {
+        self.again(id)
     }
 }
