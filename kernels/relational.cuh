@@ -62,15 +62,15 @@ __device__ __forceinline__ float lg2(float x) {
 static inline float ex2(float x) { return exp2f(x); }
 static inline float lg2(float x) { return log2f(x); }
 #endif
-__device__ __forceinline__ float log2_of(float x, float) { return lg2(x); }
-__device__ __forceinline__ double log2_of(float x, double) { return log2((double)x); }
+__device__ __forceinline__ float log2_of(float x) { return lg2(x); }
+__device__ __forceinline__ double log2_of(double x) { return log2(x); }
 
 constexpr unsigned FULL = 0xffffffffu;
 
 // ---- sums over the lanes that share rows or columns ---------------------------------------------------------------
 
 struct Sum {
-  __device__ __forceinline__ float operator()(float a, float b) const { return a + b; }
+  template <class T> __device__ __forceinline__ T operator()(T a, T b) const { return a + b; }
 };
 // NaN is dropped; it comes back through the sums.
 struct Max {
@@ -160,8 +160,7 @@ template <class T> __device__ __forceinline__ T column_max(T v) {
 // Of logits x in base 2 with weights w = 2^x, and of what is averaged over them: Σ w·2^-top and Σ w·y·2^-top. A part
 // without elements has top −∞.
 template <class Real> struct Part {
-  Real top;
-  float sum, weighted;
+  Real top, sum, weighted;
 
   __device__ __forceinline__ void add(const Part& p) {
     if (p.top == -(Real)INFINITY) return;
@@ -172,8 +171,8 @@ template <class Real> struct Part {
     top = high;
   }
   // log₂ Σ w.
-  __device__ __forceinline__ Real log_sum() const { return top + log2_of(sum, Real()); }
-  __device__ __forceinline__ Real average() const { return sum == 0.0f ? Real(0) : (Real)weighted / (Real)sum; }
+  __device__ __forceinline__ Real log_sum() const { return top + log2_of(sum); }
+  __device__ __forceinline__ Real average() const { return sum == Real(0) ? Real(0) : weighted / sum; }
 };
 
 // Beyond this a sum of many 2^x without a reference could leave f32's range.
@@ -201,8 +200,7 @@ template <bool AVERAGE, int MF, int NF, class Real, class Y>
 __device__ __forceinline__ void tile_sums(const Real (&x)[MF][NF][4], Y y, int lane, bool plain,
                                           Part<Real> (&by_row)[Rows<MF>::OWN], Part<Real> (&by_col)[Columns<NF>::OWN]) {
   constexpr int R = 2 * MF, C = 2 * NF;
-  float rows[R] = {}, cols[C] = {}, row_w[R] = {}, col_w[C] = {};
-  Real row_top[R] = {}, col_top[C] = {};
+  Real rows[R] = {}, cols[C] = {}, row_w[R] = {}, col_w[C] = {}, row_top[R] = {}, col_top[C] = {};
   if (plain) {
 #pragma unroll
     for (int m = 0; m < MF; m++)
@@ -213,8 +211,8 @@ __device__ __forceinline__ void tile_sums(const Real (&x)[MF][NF][4], Y y, int l
           float w = ex2((float)x[m][n][e]);
           rows[2 * m + e / 2] += w, cols[2 * n + e % 2] += w;
           if constexpr (AVERAGE) {
-            w *= y(m, n, e);
-            row_w[2 * m + e / 2] += w, col_w[2 * n + e % 2] += w;
+            Real value = w * y(m, n, e);
+            row_w[2 * m + e / 2] += value, col_w[2 * n + e % 2] += value;
           }
         }
   } else {
@@ -253,9 +251,9 @@ __device__ __forceinline__ void tile_sums(const Real (&x)[MF][NF][4], Y y, int l
           rows[2 * m + e / 2] += w, cols[2 * n + e % 2] += v;
           if constexpr (AVERAGE) {
             // What has no weight may be infinite.
-            float value = y(m, n, e);
-            row_w[2 * m + e / 2] += w == 0.0f ? 0.0f : w * value;
-            col_w[2 * n + e % 2] += v == 0.0f ? 0.0f : v * value;
+            Real value = y(m, n, e);
+            row_w[2 * m + e / 2] += w == 0.0f ? Real(0) : w * value;
+            col_w[2 * n + e % 2] += v == 0.0f ? Real(0) : v * value;
           }
         }
   }

@@ -64,7 +64,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   int wide = (p.cols + SIDE - 1) / SIDE, first = (int)((i64)wide * part / parts);
   int last = (int)((i64)wide * (part + 1) / parts);
   Part<double>* held = (Part<double>*)room;
-  for (int i = threadIdx.x; i < (1 + K) * 8 * SIDE; i += THREADS) held[i] = {-(double)INFINITY, 0.0f, 0.0f};
+  for (int i = threadIdx.x; i < (1 + K) * 8 * SIDE; i += THREADS) held[i] = {-(double)INFINITY, 0.0, 0.0};
   __syncthreads();
 
   int row = row0 + tile * SIDE;

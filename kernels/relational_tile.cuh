@@ -72,7 +72,7 @@ template <int MF, int NF, class Real> struct Statistics {
     bool simple = sizeof(Real) == 4 && plain(x, col0);
     if (!simple) mask<MF, NF>(x, lane, row0, col0, p);
     Part<Real> rows[Rows<MF>::OWN], cols[Columns<NF>::OWN];
-    tile_sums<false, MF, NF>(x, [](int, int, int) { return 0.0f; }, lane, simple, rows, cols);
+    tile_sums<false, MF, NF>(x, [](int, int, int) { return Real(0); }, lane, simple, rows, cols);
     keep(0, rows, cols, col0);
   }
 
@@ -91,7 +91,7 @@ template <int MF, int NF, class Real> struct Statistics {
     // Under one teacher's softmax T − S is averaged, under each of several −S.
     Real share = p.all_teachers == 1 ? Real(1) : Real(0);
     tile_sums<true, MF, NF>(
-        y, [&](int m, int n, int e) { return (float)(share * y[m][n][e] - x[m][n][e]); }, lane, simple, rows, cols);
+        y, [&](int m, int n, int e) { return share * y[m][n][e] - x[m][n][e]; }, lane, simple, rows, cols);
     keep(set, rows, cols, col0);
   }
 };
@@ -206,6 +206,19 @@ __device__ __forceinline__ Real gradient(const Slopes<MF, NF, Real>& s, const Ta
   if (w.target != 0.0f && may_hold_targets<16 * MF>(s.p, t, s.lane, s.row0, s.col0, 8 * NF)) {
     for_each_target<MF, NF>(s.p, t, s.lane, s.row0, s.col0,
                             [&](int m, int n, int e, float row, float col) { g[m][n][e] -= w.target * (row + col); });
+  }
+  // Past the edge a cosine of 0 may be far above a row's log-sum.
+  if (s.row0 + 16 * MF > s.p.rows || s.col0 + 8 * NF > s.p.cols) {
+#pragma unroll
+    for (int m = 0; m < MF; m++)
+#pragma unroll
+      for (int n = 0; n < NF; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+          bool inside = s.row0 + Rows<MF>::place(2 * m + e / 2, s.lane) < s.p.rows &&
+                        s.col0 + Columns<NF>::place(2 * n + e % 2, s.lane) < s.p.cols;
+          if (!inside) g[m][n][e] = 0.0f;
+        }
   }
   Real sum = 0;
 #pragma unroll
