@@ -7,6 +7,16 @@ enum Act : int { IDENTITY, RELU, RELU6, SILU, GELU, GELU_TANH, QUICK_GELU, HARD_
 // 1/(1 + e^-x); finite for every x.
 __device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
 
+// Φ(x), the normal distribution function, and e^(−x²/2) on the way. erf by Abramowitz and Stegun 1964, 7.1.26: error
+// at most 1.5e-7, in a third of erff's instructions.
+__device__ __forceinline__ float normal_cdf(float x, float& bell) {
+  bell = __expf(-0.5f * x * x);
+  float t = __fdividef(1.0f, 1.0f + 0.3275911f * 0.70710678f * fabsf(x));
+  float tail = t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
+  float half = 0.5f * tail * bell;
+  return x < 0.0f ? half : 1.0f - half;
+}
+
 // relu(NaN) is NaN, unlike fmaxf.
 __device__ __forceinline__ float clamp_nan(float x, float lo, float hi) { return x < lo ? lo : (x > hi ? hi : x); }
 
@@ -15,7 +25,10 @@ __device__ __forceinline__ float act_value(int act, float x) {
     case RELU: return x < 0.0f ? 0.0f : x;
     case RELU6: return clamp_nan(x, 0.0f, 6.0f);
     case SILU: return x * sigmoid(x);
-    case GELU: return 0.5f * x * (1.0f + erff(x * 0.70710678f));
+    case GELU: {
+      float bell;
+      return x * normal_cdf(x, bell);
+    }
     case GELU_TANH: {
       float u = 0.79788456f * (x + 0.044715f * x * x * x);
       return x * sigmoid(2.0f * u);
@@ -39,8 +52,8 @@ __device__ __forceinline__ float act_slope(int act, float x) {
       return s * (1.0f + x * (1.0f - s));
     }
     case GELU: {
-      float density = 0.39894228f * __expf(-0.5f * x * x);
-      return 0.5f * (1.0f + erff(x * 0.70710678f)) + x * density;
+      float bell, cdf = normal_cdf(x, bell);
+      return cdf + x * 0.39894228f * bell;
     }
     case GELU_TANH: {
       float u = 0.79788456f * (x + 0.044715f * x * x * x);

@@ -14,7 +14,9 @@
 constexpr int TILE = 64;
 
 struct AttentionDims {
-  int batch, tokens, heads, dim, causal;
+  int batch, tokens, heads, dim;
+  int pairs;  // batch·heads
+  int causal;
   float scale;
 };
 

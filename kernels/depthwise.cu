@@ -158,7 +158,7 @@ extern "C" __global__ void __launch_bounds__(128, 3)
   square_other<5, 4>(x, w, bias, y, d, flip, accumulate, variant, weights);
 }
 
-extern "C" __global__ void __launch_bounds__(128, 3)
+extern "C" __global__ void __launch_bounds__(128, 2)
     depthwise_7_other(View x, View w, View bias, View y, Conv d, int flip, int accumulate, int variant) {
   __shared__ __align__(16) float weights[49 * 64];
   square_other<7, 2>(x, w, bias, y, d, flip, accumulate, variant, weights);

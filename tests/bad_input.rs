@@ -306,7 +306,7 @@ bad-file
     load("tiny.toml").code(2).stderr_eq(str![[r#"
 bad-file
 
-  x tiny.toml: is no weight file: neither safetensors nor a PyTorch checkpoint
+  x tiny.toml is no weight file: neither safetensors nor a PyTorch checkpoint
     ,-[load.toml:13:11]
  12 | kind = "load"
  13 | weights = "tiny.toml"

@@ -90,6 +90,22 @@ part [..] memory  weights  parameters   FLOPs
     assert_eq!(plan["stages"].as_array().map(Vec::len), Some(9));
     assert!(plan["steps"][0]["bytes"].as_u64().is_some_and(|bytes| bytes > 1_000_000));
     assert!(plan["models"][0]["taps"].as_array().is_some_and(|taps| !taps.is_empty()));
+    assert!(plan["models"][0].get("note").is_none());
+}
+
+#[test]
+fn plan_says_when_timm_does_not_know_the_sizes() {
+    let bench = Bench::new();
+    let note = "\nstudent (mobilevit_xxs): its sizes are not timm's: timm.create_model(\"mobilevit_xxs\") alone does not build it\n";
+    for (set, noted) in [("features = 64", true), ("heads = 2", true), ("drop_path = 0.1", false)] {
+        let set = format!("student.params={{ {set} }}");
+        let (code, out, err) = bench.output(&["plan", "tiny.toml", "--set", &set]);
+        assert_eq!(code, 0, "{err}");
+        assert_eq!(out.contains(note), noted, "{set}: {out}");
+    }
+    let (_, out, _) =
+        bench.output(&["plan", "tiny.toml", "--set", "student.params.heads=2", "--set", "export.formats=[]"]);
+    assert!(!out.contains("timm.create_model"), "nothing is exported: {out}");
 }
 
 #[test]
@@ -174,4 +190,14 @@ mcpipe: error: . holds no exported student; name `timm` in the pipeline's export
     let (code, _, err) = bench.output(&unknown);
     assert_ne!(code, 0);
     assert!(err.contains("did you mean `fastvit_mci"), "{err}");
+    bench.write("w.safetensors", "no tensors");
+    let of_file = ["export", "--weights", "w.safetensors", "--backbone", "fastvit_mci0", "-o", "out.safetensors"];
+    for (args, words) in [
+        (&["export", "none", "-o", "out.safetensors"][..], "none: can't open"),
+        (&["export", "w.safetensors", "-o", "out.safetensors"], "w.safetensors is no weight file"),
+        (&of_file, "w.safetensors is no weight file"),
+    ] {
+        let (code, _, err) = bench.output(args);
+        assert!(code == 2 && err.contains(words), "{args:?}: {code} {err}");
+    }
 }

@@ -253,7 +253,7 @@ fn every_projection_and_text_side_is_understood() {
     assert_eq!(embedding(&bench, "load.safetensors"), embedding(&bench, "one.safetensors"));
     fs::remove_dir_all(bench.path().join("load/export")).expect("removed");
     bench.mcpipe(&texts).assert().code(2).stderr_eq(str![[r#"
-mcpipe: error: the text tower's weights, clip.safetensors, are not there; [..]
+mcpipe: error: the text tower's weights, [..]/clip.safetensors, are not there; the run's spec.toml says where they are looked for
 
 "#]]);
 }
@@ -285,7 +285,7 @@ fn what_can_not_be_used_is_named() {
     refused(2, &["embed", "one", "shard.tar", "-o", "out.txt"], &[".safetensors or an .npy"]);
     refused(2, &["embed", "one", "shard.tar", "-o", "none/out.npy"], &["no folder none"]);
     refused(2, &["embed", "images", "shard.tar", "-o", "out.npy"], &["images is no run directory"]);
-    refused(2, &["embed", "shard.tar", "images", "-o", "out.npy"], &["shard.tar: is a tar archive"]);
+    refused(2, &["embed", "shard.tar", "images", "-o", "out.npy"], &["shard.tar is a tar archive"]);
     refused(2, &["embed", "one", "-o", "out.npy"], &["give images behind the model"]);
     refused(2, &["embed", "one", "--raw", "old.npy", "-o", "out.npy"], &["old.npy: not an npy file"]);
     let timm = "one/export/timm.safetensors";
@@ -300,6 +300,8 @@ fn what_can_not_be_used_is_named() {
     classify(&["--classes", "a,b", "--template", "a photo"], &["lacks the placeholder `{c}`"]);
     classify(&["--classes", "a,b,a"], &["`a` is given twice"]);
     classify(&["--classes", "a,"], &["empty name"]);
+    classify(&["--classes-from", "none.txt"], &["none.txt", "the class names, one a line"]);
+    refused(2, &["embed", "one", "--texts-from", "none.txt", "-o", "out.npy"], &["none.txt", "the texts, one a line"]);
     classify(&[], &["--classes"]);
     fs::remove_file(bench.path().join("one/checkpoints/student/weights.safetensors")).expect("removed");
     refused(2, &["embed", "one", "shard.tar", "-o", "out.npy"], &["one holds no trained student"]);

@@ -142,6 +142,18 @@ fn a_student_starts_from_a_file() {
         a.iter().zip(&b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
     };
     assert!(far(kept) < 1e-6 && far(new) > 1e-4, "{} {}", far(kept), far(new));
+
+    // The resolved pipeline names its files so that it is the same run from another folder.
+    let elsewhere = bench.path().join("elsewhere");
+    fs::create_dir(&elsewhere).expect("a folder");
+    let again = ["run", "../two/spec.toml", "--store", "../.mcpipe/store", "--out", "three", "--format", "json", "-q"];
+    let output = bench.mcpipe(&again).current_dir(&elsewhere).output().expect("mcpipe starts");
+    let err = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{err}");
+    let results: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert_eq!(results["results"]["ran"], 1, "the report, which shows the paths: {results}");
+    let spec = |dir: &str| fs::read(bench.path().join(dir).join("spec.toml")).expect("the pipeline");
+    assert_eq!(spec("two"), spec("elsewhere/three"));
 }
 
 #[test]

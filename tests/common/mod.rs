@@ -97,6 +97,7 @@ impl Bench {
         Command::new(snapbox::cmd::cargo_bin!("mcpipe"))
             .current_dir(self.path())
             .env_remove("MCPIPE_STORE")
+            .env("MCPIPE_DEVICE", "cpu")
             .env("NO_COLOR", "1")
             .args(args)
     }

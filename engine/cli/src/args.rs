@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use mcpipe_run::DeviceChoice;
 
 /// Trains light CLIP image encoders by distillation: one TOML file says everything.
 #[derive(Debug, Parser)]
@@ -86,6 +87,9 @@ pub struct MachineArgs {
     /// Which kernels run: our own, or the dfdx formulation of every op that dfdx can express (slow; to compare).
     #[arg(long, value_enum, default_value_t = KernelsArg::Native)]
     pub kernels: KernelsArg,
+    /// What trainings and evaluations run on: auto, cpu, cuda or cuda:N [default: the file's `run.device`].
+    #[arg(long, value_name = "DEVICE", env = "MCPIPE_DEVICE")]
+    pub device: Option<DeviceChoice>,
 }
 
 /// Which kernels.
@@ -243,6 +247,9 @@ pub struct ModelArgs {
     /// Threads for computing [default: one for each core].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=4096))]
     pub threads: Option<u16>,
+    /// What the model runs on: auto (the first GPU that can be used, else the CPU), cpu, cuda or cuda:N.
+    #[arg(long, value_name = "DEVICE", env = "MCPIPE_DEVICE", default_value = "auto")]
+    pub device: DeviceChoice,
 }
 
 /// `mcpipe embed`.

@@ -72,14 +72,16 @@ pub struct Cuda {
 impl Cuda {
     /// A backend on `device`.
     pub fn new(device: Device, precision: Precision) -> Self {
-        device.set_tf32(precision == Precision::Tf32);
-        device.set_bf16(precision == Precision::Bf16);
         Cuda { device, precision, failed: Rc::default() }
     }
 
     /// The device.
     pub fn device(&self) -> &Device {
         &self.device
+    }
+
+    fn layout(&self) -> DeviceLayout {
+        DeviceLayout { precision: self.precision }
     }
 
     fn note(&self, ran: Result<(), CudaError>) {
@@ -105,7 +107,14 @@ fn arg(arg: &Arg<'_, Cuda>) -> View {
     }
 }
 
-impl Layout for Cuda {
+/// How the backend lays out values in a precision; known without a device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DeviceLayout {
+    /// The precision.
+    pub precision: Precision,
+}
+
+impl Layout for DeviceLayout {
     /// In bf16: values of three dimensions and more (activations, taps) are bf16; embeddings, scalars, statistics and
     /// whatever losses are made of stay f32.
     fn dtype(&self, graph: &StepGraph, id: ValueId) -> Dtype {
@@ -134,6 +143,20 @@ impl Layout for Cuda {
             Op::Relational(d) => ops::relational::saved(d),
             _ => op.saved(),
         }
+    }
+}
+
+impl Layout for Cuda {
+    fn dtype(&self, graph: &StepGraph, id: ValueId) -> Dtype {
+        self.layout().dtype(graph, id)
+    }
+
+    fn needs(&self, op: &Op) -> Needs {
+        self.layout().needs(op)
+    }
+
+    fn saved(&self, op: &Op) -> Vec<usize> {
+        self.layout().saved(op)
     }
 }
 
@@ -223,6 +246,8 @@ impl Backend for Cuda {
         let saved: Vec<View> =
             self.saved(op).iter().zip(io.saved.iter()).map(|(&len, b)| b.view(len, Element::F32)).collect();
         let out = io.out.view(node.numel(), io.dtype.into());
+        self.device.set_tf32(self.precision == Precision::Tf32);
+        self.device.set_bf16(self.precision == Precision::Bf16);
         let ran = ops::forward(&self.device, op, Forward { ins: &ins, out, saved: &saved });
         self.end(op.name(), &node.label, ran)
     }
@@ -245,6 +270,8 @@ impl Backend for Cuda {
             dout: io.dout.view(node.numel(), element),
             grads: &grads,
         };
+        self.device.set_tf32(self.precision == Precision::Tf32);
+        self.device.set_bf16(self.precision == Precision::Bf16);
         let ran = ops::vjp(&self.device, op, io);
         self.end(op.name(), &node.label, ran)
     }
@@ -261,6 +288,9 @@ impl Backend for Cuda {
             view(running_mean),
             view(running_var),
         );
+        // Weights that they are folded into follow.
+        self.device.weights_changed(view(running_mean));
+        self.device.weights_changed(view(running_var));
         self.device.release_scratch();
         self.note(ran);
     }

@@ -53,6 +53,9 @@ pub struct Device {
     scratch: Rc<RefCell<Vec<Memory>>>,
     taken: Rc<Cell<usize>>,
     tf32: Rc<Cell<bool>>,
+    /// Whether something was recorded, and scratch memory that recordings may name.
+    recorded: Rc<Cell<bool>>,
+    retired: Rc<RefCell<Vec<Memory>>>,
     bf16: Rc<Cell<bool>>,
     pub(crate) weights: Rc<RefCell<Weights>>,
 }
@@ -64,6 +67,8 @@ impl Device {
             scratch: Rc::default(),
             taken: Rc::default(),
             tf32: Rc::default(),
+            recorded: Rc::default(),
+            retired: Rc::default(),
             bf16: Rc::default(),
             weights: Rc::default(),
         }
@@ -129,8 +134,11 @@ impl Device {
         if i == held.len() {
             held.push(self.alloc(bytes)?);
         } else if held[i].bytes() < bytes {
-            // Work that still reads the old memory was asked for before: free waits for it.
-            held[i] = self.alloc(bytes)?;
+            // Work that still reads the old memory was asked for before: free waits for it. Recordings read it for ever.
+            let old = std::mem::replace(&mut held[i], self.alloc(bytes)?);
+            if self.recorded.get() {
+                self.retired.borrow_mut().push(old);
+            }
         }
         self.taken.set(i + 1);
         let view = held[i].view(len, element);
@@ -272,6 +280,7 @@ impl Device {
         if !self.driver.begin_capture()? {
             return Ok(None);
         }
+        self.recorded.set(true);
         let ran = work();
         // Also after a failure: the stream must leave the recording.
         let id = self.driver.end_capture();

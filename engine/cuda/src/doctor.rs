@@ -3,7 +3,8 @@
 use crate::driver::blas::Blas;
 use crate::driver::compile;
 use crate::driver::dnn::Dnn;
-use crate::driver::gpu::{LEAST_CAPABILITY, driver_version, gpus};
+use crate::driver::gpu::{GpuInfo, LEAST_CAPABILITY, driver_version, gpus};
+use crate::error::CudaError;
 use crate::library::{self, Library, Place};
 
 /// One thing that was looked for.
@@ -17,6 +18,28 @@ pub struct Finding {
     pub required: bool,
     /// Version and place, or what is missing and how to get it.
     pub text: String,
+}
+
+/// GPU number `index`, where it and all that is required are there. Quick: starts and compiles nothing.
+///
+/// # Errors
+/// [`CudaError::Unavailable`]: what is missing first.
+pub fn usable(index: usize) -> Result<GpuInfo, CudaError> {
+    library::load(Library::Driver)?;
+    let list = gpus()?;
+    let Some(gpu) = list.get(index).cloned() else {
+        let names: Vec<String> = list.iter().map(|g| format!("{} ({})", g.index, g.name)).collect();
+        return Err(CudaError::Unavailable(format!("there is no GPU {index}; there is {}", names.join(", "))));
+    };
+    if gpu.capability < LEAST_CAPABILITY {
+        let (have, least) = (f64::from(gpu.capability) / 10.0, f64::from(LEAST_CAPABILITY) / 10.0);
+        let text = format!("GPU {index} ({}) has compute capability {have:.1}, but {least:.1} is needed", gpu.name);
+        return Err(CudaError::Unavailable(text));
+    }
+    for library in Library::ALL.into_iter().filter(|l| *l != Library::Nccl) {
+        library::load(library)?;
+    }
+    Ok(gpu)
 }
 
 /// Looks for the driver, its GPUs and the libraries, and compiles the kernels for the first GPU (the newest known
@@ -84,10 +107,8 @@ fn version(library: Library, place: &Place) -> String {
 
 fn kernels(capability: u32) -> Result<String, String> {
     let files = compile::files();
-    for file in &files {
-        if file.ends_with("_sm90a") && capability != 90 {
-            continue;
-        }
+    compile::prepare(capability).map_err(|e| e.to_string())?;
+    for file in files.iter().filter(|f| !f.ends_with("_sm90a") || capability == 90) {
         compile::machine_code(file, capability).map_err(|e| e.to_string())?;
     }
     let place = compile::cache_folder().map_or("not cached".into(), |f| format!("cached in {}", f.display()));

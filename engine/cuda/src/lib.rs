@@ -21,7 +21,7 @@ pub mod optim;
 mod store;
 mod view;
 
-pub use backend::{Buffer, Cuda, Precision};
+pub use backend::{Buffer, Cuda, DeviceLayout, Precision};
 pub use device::{Device, Memory, Recording};
 pub use driver::gpu::{GpuInfo, gpus};
 pub use error::CudaError;

@@ -81,8 +81,8 @@ impl Parameters {
     }
 }
 
-/// Gradients beside a store, in its order; empty for buffers (running statistics).
-#[derive(Debug)]
+/// Gradients beside a store, in its order; empty for buffers (running statistics). Clones share the memory.
+#[derive(Clone, Debug)]
 pub struct Gradients {
     /// The gradients.
     pub grads: Grads<Buffer>,

@@ -216,7 +216,8 @@ fn check(precision: Precision, bars: [f64; 2]) {
         let forward = error(&value, &expected);
         let backward: Vec<f64> = grads.iter().zip(&reference).map(|(a, b)| error(a, b)).collect();
         if std::env::var_os("MCPIPE_ERRORS").is_some() {
-            println!("{case:?}: {forward:.1e} {backward:.1?}");
+            let backward: Vec<String> = backward.iter().map(|e| format!("{e:.1e}")).collect();
+            println!("{case:?}: value {forward:.1e}, gradients {}", backward.join(" "));
         }
         if !(forward <= bars[0] && backward.iter().all(|e| *e <= bars[1])) {
             failed.push(format!("{case:?}: value {forward:.2e}, gradients {backward:?}"));

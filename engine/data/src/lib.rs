@@ -45,5 +45,5 @@ pub use shapes::{MANIFEST, Manifest, ManifestFile, ShapesParams, make_shapes, sh
 pub use shards::{MAX_EXPANSION, NSHARDS, expand_braces, index, list_shards, split_shards, tar_files};
 pub use tar_scan::{RawMember, TarScan, scan_tar};
 pub use tokenize::{END_OF_TEXT, START_OF_TEXT, Tokenizer, Tokens, VOCABULARY, check_context_length, tokenizer};
-pub use transform::{Augment, EvalTransform, Normalize, RandomCrop, Resize, View};
+pub use transform::{Augment, EvalTransform, Filter, ImageForm, Normalize, RandomCrop, Resize, View};
 pub use wordpiece::{CaptionTokenizer, WordPiece};

@@ -15,7 +15,7 @@ use crate::ordered::{Job, Ordered, StopFlag};
 use crate::rng::Rng;
 use crate::samples::{SampleSet, ShardFiles};
 use crate::tokenize::{Tokenizer, check_context_length, tokenizer};
-use crate::transform::{Augment, Resize, check_size};
+use crate::transform::{Augment, ImageForm, Resize, check_size};
 
 /// What happens when a sample cannot be used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,8 +38,8 @@ pub struct LoaderOptions {
     pub shuffle: bool,
     /// Rows of a batch.
     pub batch_size: usize,
-    /// Sides of the images that the models of a step want, without repetition; the student's first.
-    pub sizes: Vec<usize>,
+    /// Forms of the images that the models of a step want, without repetition; the student's first.
+    pub forms: Vec<ImageForm>,
     /// Context lengths of the text towers of a step, without repetition; may be empty.
     pub context_lengths: Vec<usize>,
     /// Crop and flip.
@@ -64,7 +64,7 @@ impl Default for LoaderOptions {
             seed: 0,
             shuffle: true,
             batch_size: 64,
-            sizes: vec![64],
+            forms: vec![64.into()],
             context_lengths: Vec::new(),
             augment: Augment::default(),
             mix: MixPolicy::default(),
@@ -89,10 +89,10 @@ impl LoaderOptions {
         if !(1..=1024).contains(&self.workers) {
             return Err(DataError::Option(format!("workers {}: expected 1 to 1024", self.workers)));
         }
-        if self.sizes.is_empty() {
+        if self.forms.is_empty() {
             return Err(DataError::Option("no image size".into()));
         }
-        self.sizes.iter().try_for_each(|&s| check_size(s))?;
+        self.forms.iter().try_for_each(|form| check_size(form.size))?;
         self.context_lengths.iter().try_for_each(|&l| check_context_length(l))?;
         self.augment.check()?;
         self.mix.check()
@@ -110,9 +110,9 @@ pub struct Batch {
     pub samples: Vec<u32>,
     /// Each row's key.
     pub keys: Vec<String>,
-    /// Sides of the images in [`Self::images`].
-    pub sizes: Vec<usize>,
-    /// RGB bytes `[batch, size, size, 3]`, one vector per size; every size shows the same pixels.
+    /// Forms of the images in [`Self::images`].
+    pub forms: Vec<ImageForm>,
+    /// RGB bytes `[batch, size, size, 3]`, one vector per form; every form shows the same pixels.
     pub images: Vec<Vec<u8>>,
     /// Each row's caption; empty where there is none.
     pub captions: Vec<String>,
@@ -137,9 +137,10 @@ impl Batch {
         self.samples.is_empty()
     }
 
-    /// RGB bytes `[batch, size, size, 3]`, when a model of the step has this size.
-    pub fn images_of(&self, size: usize) -> Option<&[u8]> {
-        let at = self.sizes.iter().position(|&s| s == size)?;
+    /// RGB bytes `[batch, size, size, 3]`, when a model of the step has this form.
+    pub fn images_of(&self, form: impl Into<ImageForm>) -> Option<&[u8]> {
+        let form = form.into();
+        let at = self.forms.iter().position(|&f| f == form)?;
         Some(&self.images[at])
     }
 
@@ -342,18 +343,19 @@ impl Maker {
         let planned: Vec<u32> =
             (0..rows as u64).map(|row| shared.order((start + row) / n)[((start + row) % n) as usize]).collect();
         let mut taken: HashSet<u32> = planned.iter().copied().collect();
+        let sizes: Vec<usize> = options.forms.iter().map(|f| f.size).collect();
         let mut batch = Batch {
             step,
             epoch: start / n,
             samples: Vec::with_capacity(rows),
             keys: Vec::with_capacity(rows),
-            sizes: options.sizes.clone(),
-            images: options.sizes.iter().map(|&s| vec![0; rows * s * s * 3]).collect(),
+            forms: options.forms.clone(),
+            images: options.forms.iter().map(|f| vec![0; rows * f.size * f.size * 3]).collect(),
             captions: Vec::with_capacity(rows),
             context_lengths: options.context_lengths.clone(),
             tokens: Vec::new(),
             class: Vec::with_capacity(rows),
-            mix: options.mix.draw(options.seed, step, rows, &options.sizes),
+            mix: options.mix.draw(options.seed, step, rows, &sizes),
         };
         let mut bad = Vec::new();
         for (row, &first) in planned.iter().enumerate() {
@@ -390,7 +392,7 @@ impl Maker {
         Ok(Made { batch, bad, truncated })
     }
 
-    /// Reads one sample and writes its pixels to `row` of every image size.
+    /// Reads one sample and writes its pixels to `row` of every form.
     fn row(&mut self, sample: u32, step: u64, row: usize, batch: &mut Batch) -> Result<Row, SampleFault> {
         let (set, options) = (&self.shared.set, &self.shared.options);
         let index = sample as usize;
@@ -403,10 +405,10 @@ impl Maker {
         let image = decode(&set.read_image(index, &mut self.files)?, options.max_pixels)?;
         let mut rng = Rng::new(options.seed, "augment", step, row as u64);
         let view = options.augment.view(image.width, image.height, &mut rng);
-        for (pixels, &size) in batch.images.iter_mut().zip(&options.sizes) {
-            let bytes = size * size * 3;
+        for (pixels, &form) in batch.images.iter_mut().zip(&options.forms) {
+            let bytes = form.size * form.size * 3;
             self.resize
-                .view(&image, &view, size, &mut pixels[row * bytes..][..bytes])
+                .view(&image, &view, form, &mut pixels[row * bytes..][..bytes])
                 .map_err(|e| SampleFault::Read(e.to_string()))?;
         }
         Ok(Row { caption, class })

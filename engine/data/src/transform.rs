@@ -1,4 +1,4 @@
-//! From a decoded image to a model's input: crop, bicubic resize, flip, normalise.
+//! From a decoded image to a model's input: crop, resize, flip, normalise.
 //!
 //! The crop is chosen once per sample and resized to each size that a model of the step wants, so that student and
 //! teachers see the same pixels.
@@ -117,6 +117,31 @@ pub struct View {
     pub flip: bool,
 }
 
+/// The filter of a resize; it widens as the image shrinks (antialias), as PIL's does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Filter {
+    /// Triangle, PIL's `BILINEAR`.
+    Bilinear,
+    /// Keys' cubic with a = -1/2, PIL's `BICUBIC`.
+    #[default]
+    Bicubic,
+}
+
+/// The form in which a model gets its images before they are normalised. A side alone stands for bicubic.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ImageForm {
+    /// Side, pixels.
+    pub size: usize,
+    /// Filter of the resize.
+    pub filter: Filter,
+}
+
+impl From<usize> for ImageForm {
+    fn from(size: usize) -> Self {
+        Self { size, filter: Filter::default() }
+    }
+}
+
 /// Evaluation's transform: the shorter side is resized to `size / crop_pct`, then the centre is cropped to `size`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct EvalTransform {
@@ -124,12 +149,14 @@ pub struct EvalTransform {
     pub size: usize,
     /// Share of the resized shorter side that the crop keeps: 1 for CLIP, 0.9 or 0.95 for most timm models.
     pub crop_pct: f64,
+    /// Filter of the resize.
+    pub filter: Filter,
 }
 
 impl EvalTransform {
-    /// A transform that keeps the whole shorter side.
+    /// A transform that keeps the whole shorter side, bicubic.
     pub fn new(size: usize) -> Self {
-        Self { size, crop_pct: 1.0 }
+        Self { size, crop_pct: 1.0, filter: Filter::default() }
     }
 
     /// Checks ranges.
@@ -171,18 +198,19 @@ pub(crate) fn check_size(size: usize) -> Result<()> {
     }
 }
 
-/// Bicubic resizing with antialias (PIL's `BICUBIC`), with buffers that are reused from image to image.
+/// Resizing with buffers that are reused from image to image.
 #[derive(Debug, Default)]
 pub struct Resize {
     resizer: Resizer,
 }
 
 impl Resize {
-    /// Writes `view` of `image`, resized to `size` x `size`, to `out` (`size * size * 3` bytes).
+    /// Writes `view` of `image`, resized to `form`, to `out` (`size * size * 3` bytes).
     ///
     /// # Errors
     /// [`DataError::Option`] for a view outside the image or an `out` of another length.
-    pub fn view(&mut self, image: &RgbImage, view: &View, size: usize, out: &mut [u8]) -> Result<()> {
+    pub fn view(&mut self, image: &RgbImage, view: &View, form: impl Into<ImageForm>, out: &mut [u8]) -> Result<()> {
+        let ImageForm { size, filter } = form.into();
         let source = source(image)?;
         let inside = |v: usize| u32::try_from(v).unwrap_or(u32::MAX);
         // Cropping before the resize keeps pixels outside the view out of the filter, as torchvision does.
@@ -194,7 +222,7 @@ impl Resize {
             inside(view.height),
         )
         .map_err(|e| DataError::Option(format!("crop outside the image: {e}")))?;
-        self.run(&cropped, &options(), size, out)?;
+        self.run(&cropped, &options(filter), size, out)?;
         if view.flip {
             flip(out, size);
         }
@@ -213,7 +241,7 @@ impl Resize {
         let top = top.clamp(0.0, image.height as f64);
         let width = width.min(image.width as f64 - left);
         let height = height.min(image.height as f64 - top);
-        self.run(&source, &options().crop(left, top, width, height), transform.size, out)
+        self.run(&source, &options(transform.filter).crop(left, top, width, height), transform.size, out)
     }
 
     fn run(
@@ -233,8 +261,12 @@ impl Resize {
     }
 }
 
-fn options() -> ResizeOptions {
-    ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::CatmullRom)).use_alpha(false)
+fn options(filter: Filter) -> ResizeOptions {
+    let filter = match filter {
+        Filter::Bilinear => FilterType::Bilinear,
+        Filter::Bicubic => FilterType::CatmullRom,
+    };
+    ResizeOptions::new().resize_alg(ResizeAlg::Convolution(filter)).use_alpha(false)
 }
 
 fn source(image: &RgbImage) -> Result<TypedImageRef<'_, U8x3>> {

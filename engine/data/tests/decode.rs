@@ -4,7 +4,7 @@
 mod common;
 
 use common::fixture;
-use mcpipe_data::{DEFAULT_MAX_PIXELS, EvalTransform, ImageFault, Resize, RgbImage, View, decode};
+use mcpipe_data::{DEFAULT_MAX_PIXELS, EvalTransform, Filter, ImageFault, ImageForm, Resize, RgbImage, View, decode};
 use proptest::prelude::*;
 
 /// Greatest and mean difference of two byte strings.
@@ -71,23 +71,26 @@ struct Case {
     #[serde(default)]
     flip: bool,
     crop_pct: Option<f64>,
+    #[serde(default)]
+    bilinear: bool,
 }
 
 #[test]
 fn views_equal_torchvisions() {
     let source = decode(&fixture("images/photo.png"), DEFAULT_MAX_PIXELS).unwrap();
     let cases: Vec<Case> = serde_json::from_slice(&fixture("views.json")).unwrap();
-    assert_eq!(cases.len(), 6);
+    assert_eq!(cases.len(), 9);
     let mut resize = Resize::default();
     for case in cases {
         let mut out = vec![0; case.size * case.size * 3];
+        let filter = if case.bilinear { Filter::Bilinear } else { Filter::Bicubic };
         match (case.crop, case.crop_pct) {
             (Some([left, top, width, height]), _) => {
                 let view = View { left, top, width, height, flip: case.flip };
-                resize.view(&source, &view, case.size, &mut out).unwrap();
+                resize.view(&source, &view, ImageForm { size: case.size, filter }, &mut out).unwrap();
             }
             (None, Some(crop_pct)) => {
-                let transform = EvalTransform { size: case.size, crop_pct };
+                let transform = EvalTransform { size: case.size, crop_pct, filter };
                 resize.eval(&source, &transform, &mut out).unwrap();
             }
             (None, None) => panic!("{}: no view", case.name),
@@ -119,7 +122,7 @@ fn evaluation_of_odd_images() {
         let image = RgbImage { width, height, pixels: vec![77; width * height * 3] };
         for crop_pct in [1.0, 0.9, 0.33] {
             let mut out = vec![0; 64 * 64 * 3];
-            resize.eval(&image, &EvalTransform { size: 64, crop_pct }, &mut out).unwrap();
+            resize.eval(&image, &EvalTransform { crop_pct, ..EvalTransform::new(64) }, &mut out).unwrap();
             assert!(out.iter().all(|&v| v == 77), "{width}x{height} {crop_pct}");
         }
     }

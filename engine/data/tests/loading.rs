@@ -9,8 +9,8 @@ use std::sync::Arc;
 
 use common::{coloured_shard, png, write_tar};
 use mcpipe_data::{
-    Augment, Batch, DataError, DatasetType, EvalOptions, EvalSet, EvalTransform, LoaderOptions, MixOptions, MixPolicy,
-    OnBadSample, RandomCrop, SampleFault, SampleSet, TrainLoader,
+    Augment, Batch, DataError, DatasetType, EvalOptions, EvalSet, EvalTransform, Filter, ImageForm, LoaderOptions,
+    MixOptions, MixPolicy, OnBadSample, RandomCrop, SampleFault, SampleSet, TrainLoader,
 };
 
 fn set_of(dir: &Path, shards: usize, each: usize) -> Arc<SampleSet> {
@@ -23,7 +23,7 @@ fn options(batch_size: usize) -> LoaderOptions {
     LoaderOptions {
         seed: 5,
         batch_size,
-        sizes: vec![16, 24],
+        forms: vec![16.into(), 24.into()],
         context_lengths: vec![8, 16],
         augment: Augment { crop: Some(RandomCrop::default()), flip: 0.5 },
         mix: MixPolicy { mixup: Some(MixOptions { alpha: 0.2, probability: 0.5 }), cutmix: None },
@@ -200,8 +200,8 @@ fn too_few_samples_and_bad_options() {
     for bad in [
         LoaderOptions { batch_size: 0, ..options(1) },
         LoaderOptions { workers: 0, ..options(1) },
-        LoaderOptions { sizes: vec![], ..options(1) },
-        LoaderOptions { sizes: vec![0], ..options(1) },
+        LoaderOptions { forms: vec![], ..options(1) },
+        LoaderOptions { forms: vec![0.into()], ..options(1) },
         LoaderOptions { context_lengths: vec![2], ..options(1) },
         LoaderOptions { augment: Augment { crop: None, flip: 1.5 }, ..options(1) },
     ] {
@@ -221,7 +221,7 @@ fn every_size_shows_the_same_pixels() {
     }
     let borrowed: Vec<(&str, &[u8])> = members.iter().map(|(n, b)| (n.as_str(), *b)).collect();
     let set = Arc::new(SampleSet::open(vec![write_tar(&dir.path().join("0.tar"), &borrowed)]).unwrap());
-    let batch = &take(&set, &LoaderOptions { sizes: vec![48, 24], ..options(6) }, 0, 1)[0];
+    let batch = &take(&set, &LoaderOptions { forms: vec![48.into(), 24.into()], ..options(6) }, 0, 1)[0];
     let image = |size: usize, row: usize| &batch.images_of(size).unwrap()[row * size * size * 3..][..size * size * 3];
     let distance = |a: usize, b: usize| -> f64 {
         let (large, small) = (image(48, a), image(24, b));
@@ -234,6 +234,14 @@ fn every_size_shows_the_same_pixels() {
         }
         sum / small.len() as f64
     };
+    // Another filter at the same side: the same pixels, resized otherwise.
+    let bilinear = ImageForm { size: 48, filter: Filter::Bilinear };
+    assert_eq!(batch.images_of(bilinear), None);
+    let both = &take(&set, &LoaderOptions { forms: vec![48.into(), bilinear], ..options(6) }, 0, 1)[0];
+    assert_eq!(both.images_of(48), batch.images_of(48));
+    let (a, b) = (both.images_of(48).unwrap(), both.images_of(bilinear).unwrap());
+    let mean = a.iter().zip(b).map(|(a, b)| f64::from(a.abs_diff(*b))).sum::<f64>() / a.len() as f64;
+    assert!(mean > 0.1 && mean < 6.0, "{mean}");
     for row in 0..6 {
         assert!(distance(row, row) < 6.0, "row {row}: {}", distance(row, row));
         assert!(distance(row, (row + 1) % 6) > 9.0, "rows {row} look alike: {}", distance(row, (row + 1) % 6));
@@ -253,7 +261,7 @@ fn eval_root(dir: &Path, classes: usize) {
 fn eval_options() -> EvalOptions {
     EvalOptions {
         batch_size: 6,
-        ..EvalOptions::new(vec![EvalTransform::new(16), EvalTransform { size: 8, crop_pct: 0.9 }])
+        ..EvalOptions::new(vec![EvalTransform::new(16), EvalTransform { crop_pct: 0.9, ..EvalTransform::new(8) }])
     }
 }
 

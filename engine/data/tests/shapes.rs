@@ -53,7 +53,8 @@ fn the_set_is_whole_and_the_same_again() {
     assert!(classes.len() == 48 && classes.values().all(|&n| n == 2));
 
     let samples = Arc::new(SampleSet::open(split_shards(&first.join("train")).unwrap()).unwrap());
-    let options = LoaderOptions { sizes: vec![32], on_bad_sample: OnBadSample::Fail, ..LoaderOptions::default() };
+    let options =
+        LoaderOptions { forms: vec![32.into()], on_bad_sample: OnBadSample::Fail, ..LoaderOptions::default() };
     let batch = TrainLoader::start(samples, options, 0).unwrap().next_batch().unwrap();
     for (caption, class) in batch.captions.iter().zip(&batch.class) {
         let name = &set.classnames[class.unwrap() as usize];

@@ -246,6 +246,48 @@ impl<B: Backend> Executor<B> {
         Ok(())
     }
 
+    /// Copies host values to the value of input `t`; to be fed as [`Feed::Held`].
+    ///
+    /// # Errors
+    /// Another number of values.
+    pub fn upload(&mut self, t: &Tensor, values: &[f32]) -> Result<(), ExecError> {
+        if values.len() != t.numel() {
+            return Err(self.wrong_feed(t, "f32", values.len()));
+        }
+        let dtype = self.dtypes[t.id.index()];
+        self.backend.upload(values, dtype, &mut self.slots[self.plan.values[&t.id]]);
+        Ok(())
+    }
+
+    /// Refuses ids for input `t` of another number, or outside the table that they are looked up in.
+    ///
+    /// # Errors
+    /// What is wrong with them.
+    pub fn check_ids(&self, t: &Tensor, values: &[i32]) -> Result<(), ExecError> {
+        if values.len() != t.numel() {
+            return Err(self.wrong_feed(t, "i32", values.len()));
+        }
+        Ok(check_ids(&self.graph, t.id, values)?)
+    }
+
+    /// Takes `ids` (a buffer that they were uploaded to) as those of input `t`; to be fed as [`Feed::Held`].
+    pub fn set_ids(&mut self, t: &Tensor, ids: B::Ints) {
+        self.ints.insert(t.id, ids);
+    }
+
+    fn wrong_feed(&self, t: &Tensor, kind: &'static str, got: usize) -> ExecError {
+        let name = match &self.graph.dag[t.id].source {
+            Source::Input(name) | Source::IntInput(name) => name.clone(),
+            _ => self.graph.dag[t.id].label.clone(),
+        };
+        ExecError::Feed { name, wanted: t.numel(), kind, got: format!("{got} {kind}") }
+    }
+
+    /// Element type of a value.
+    pub fn dtype(&self, t: &Tensor) -> Dtype {
+        self.dtypes[t.id.index()]
+    }
+
     /// Copies to the value of input `t`, from its element `start` on; to be fed as [`Feed::Held`].
     pub fn write(&mut self, t: &Tensor, from: Part<'_, B>, start: usize) {
         let dtype = self.dtypes[t.id.index()];

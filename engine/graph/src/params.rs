@@ -1,6 +1,7 @@
 //! Parameters and their gradients, by name. One store serves several graphs of a model (training, evaluation).
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::graph::{GraphError, StepGraph};
 
@@ -33,15 +34,27 @@ pub struct Param<Buf = Vec<f32>> {
 pub struct ParamStore<Buf = Vec<f32>> {
     params: Vec<Param<Buf>>,
     by_name: HashMap<String, usize>,
+    version: u64,
+}
+
+/// A number that no store has had yet.
+fn fresh_version() -> u64 {
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
 impl<Buf> Default for ParamStore<Buf> {
     fn default() -> Self {
-        ParamStore { params: Vec::new(), by_name: HashMap::new() }
+        ParamStore { params: Vec::new(), by_name: HashMap::new(), version: fresh_version() }
     }
 }
 
 impl<Buf> ParamStore<Buf> {
+    /// Changes whenever the store may have been written to. Two stores of one version hold the same values.
+    pub fn version(&self) -> u64 {
+        self.version
+    }
+
     /// Position of the parameter called `name`.
     pub fn index(&self, name: &str) -> Option<usize> {
         self.by_name.get(name).copied()
@@ -54,6 +67,7 @@ impl<Buf> ParamStore<Buf> {
 
     /// The parameter called `name`, to be changed.
     pub fn get_mut(&mut self, name: &str) -> Option<&mut Param<Buf>> {
+        self.version = fresh_version();
         self.index(name).map(|i| &mut self.params[i])
     }
 
@@ -64,11 +78,13 @@ impl<Buf> ParamStore<Buf> {
 
     /// All parameters in store order, to be changed.
     pub fn params_mut(&mut self) -> &mut [Param<Buf>] {
+        self.version = fresh_version();
         &mut self.params
     }
 
     /// Adds a parameter, or replaces the one of the same name.
     pub fn insert(&mut self, param: Param<Buf>) {
+        self.version = fresh_version();
         match self.by_name.get(&param.name) {
             Some(&i) => self.params[i] = param,
             None => {
@@ -104,6 +120,18 @@ impl ParamStore {
             }
         }
         Ok(())
+    }
+
+    /// A copy of those parameters that `graph` reads.
+    ///
+    /// # Errors
+    /// A parameter that the store lacks.
+    pub fn subset(&self, graph: &StepGraph) -> Result<ParamStore, GraphError> {
+        let mut own = ParamStore::default();
+        for spec in graph.params() {
+            own.insert(self.get(&spec.name).ok_or_else(|| GraphError::NoParam(spec.name.clone()))?.clone());
+        }
+        Ok(own)
     }
 
     /// Number of trained values (buffers excluded).

@@ -21,11 +21,17 @@ const LENGTH: usize = 10;
 /// One model: directory, backbone, its parameters, image size, head, projection.
 type Case = (&'static str, &'static str, &'static str, usize, Option<usize>, ProjectionKind);
 
-const CASES: [Case; 5] = [
+const CASES: [Case; 11] = [
     ("xxs_head", "mobilevit_xxs", "", 64, Some(32), ProjectionKind::None),
     ("xxs_linear", "mobilevit_xxs", "", 80, Some(48), ProjectionKind::Linear),
     ("s_linear", "mobilevit_s", "", 64, None, ProjectionKind::Linear),
     ("xxs_mlp", "mobilevit_xxs", "", 64, None, ProjectionKind::Mlp { hidden: 64 }),
+    ("resnet", "resnet18", "", 64, Some(48), ProjectionKind::Linear),
+    ("mobilenet", "mobilenetv3_small_050", "", 64, None, ProjectionKind::Linear),
+    ("efficientnet", "efficientnet_lite0", "", 64, None, ProjectionKind::Linear),
+    ("convmixer", "convmixer_1024_20_ks9_p14", "", 56, None, ProjectionKind::Linear),
+    ("convnext", "convnext_atto", "", 64, None, ProjectionKind::Linear),
+    ("siglip", "vit_base_patch16_siglip_224", "", 224, None, ProjectionKind::Linear),
     ("vit", "vit", "patch_size = 8\nwidth = 64\ndepth = 2\nheads = 4", 64, Some(32), ProjectionKind::None),
 ];
 

@@ -41,6 +41,15 @@ pub const IMAGENET_MEAN: [f32; 3] = [0.485, 0.456, 0.406];
 /// ImageNet's standard deviation per channel.
 pub const IMAGENET_STD: [f32; 3] = [0.229, 0.224, 0.225];
 
+/// The preparation that most of timm's ImageNet models share.
+pub(crate) const IMAGENET: Preprocess = Preprocess {
+    image_size: 224,
+    mean: IMAGENET_MEAN,
+    std: IMAGENET_STD,
+    crop_pct: 0.875,
+    interpolation: Interpolation::Bicubic,
+};
+
 /// What a tap holds for a batch of B images.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TapShape {
@@ -112,6 +121,13 @@ pub struct TapInfo {
     pub shape: TapShape,
 }
 
+impl TapInfo {
+    /// A tap that holds a square map.
+    pub(crate) fn map(name: impl Into<String>, side: usize, channels: usize) -> Self {
+        TapInfo { name: name.into(), shape: TapShape::Image { height: side, width: side, channels } }
+    }
+}
+
 /// A tapped value.
 #[derive(Clone, Debug)]
 pub struct Tap {
@@ -167,14 +183,23 @@ pub trait Backbone: Debug + Send + Sync {
     /// Its sizes, defaults filled in.
     fn params(&self) -> toml::Table;
 
-    /// Whether the sizes are the published ones of its name.
-    fn is_published(&self) -> bool;
+    /// Whether the sizes are the published ones of its name; how it is trained, or that it is folded, changes none.
+    fn is_published(&self) -> bool {
+        let sizes = |mut params: toml::Table| {
+            params.retain(|name, _| !["drop_path", "layer_scale", "reparam"].contains(&name));
+            params
+        };
+        let published = crate::registry::backbone(self.name(), &toml::Table::new());
+        published.is_ok_and(|published| sizes(published.params()) == sizes(self.params()))
+    }
 
     /// How images are made ready for it.
     fn preprocess(&self) -> Preprocess;
 
     /// Whose parameter names it keeps.
-    fn naming(&self) -> Naming;
+    fn naming(&self) -> Naming {
+        Naming::Timm
+    }
 
     /// Width of its pooled features.
     fn features(&self) -> usize;

@@ -5,10 +5,7 @@ use mcpipe_graph::{Activation, BatchNormArgs, ConvArgs, GraphBuilder, Init, Path
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::backbone::{
-    Backbone, IMAGENET_MEAN, IMAGENET_STD, ImageOutputs, Interpolation, Naming, Preprocess, TapInfo, TapShape, Taps,
-    image_side,
-};
+use crate::backbone::{Backbone, IMAGENET, ImageOutputs, Preprocess, TapInfo, Taps, image_side};
 use crate::error::ModelError;
 use crate::layers::{conv2d_with, torch_bias};
 use crate::params::{Sizes, decode, encode, positive, schema};
@@ -85,22 +82,8 @@ impl Backbone for ConvMixer {
         encode(&self.sizes)
     }
 
-    fn is_published(&self) -> bool {
-        self.sizes == SIZES
-    }
-
     fn preprocess(&self) -> Preprocess {
-        Preprocess {
-            image_size: 224,
-            mean: IMAGENET_MEAN,
-            std: IMAGENET_STD,
-            crop_pct: 0.96,
-            interpolation: Interpolation::Bicubic,
-        }
-    }
-
-    fn naming(&self) -> Naming {
-        Naming::Timm
+        Preprocess { crop_pct: 0.96, ..IMAGENET }
     }
 
     fn features(&self) -> usize {
@@ -119,8 +102,7 @@ impl Backbone for ConvMixer {
     fn taps(&self, image_size: usize) -> Result<Vec<TapInfo>, ModelError> {
         self.check_image_size(image_size)?;
         let side = image_size / self.sizes.patch_size;
-        let shape = TapShape::Image { height: side, width: side, channels: self.sizes.width };
-        Ok((0..self.sizes.depth).map(|i| TapInfo { name: format!("blocks.{i}"), shape }).collect())
+        Ok((0..self.sizes.depth).map(|i| TapInfo::map(format!("blocks.{i}"), side, self.sizes.width)).collect())
     }
 
     fn build(

@@ -7,10 +7,7 @@ use mcpipe_graph::{Activation, ConvArgs, GraphBuilder, Init, Path, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::backbone::{
-    Backbone, IMAGENET_MEAN, IMAGENET_STD, ImageOutputs, Interpolation, Naming, Preprocess, TapInfo, TapShape, Taps,
-    image_side,
-};
+use crate::backbone::{Backbone, IMAGENET, ImageOutputs, Preprocess, TapInfo, Taps, image_side};
 use crate::error::ModelError;
 use crate::layers::{check_reduction, conv2d_with, drop_path_rates, scaled};
 use crate::params::{Sizes, decode, encode, positive, positive_factor, rate, schema};
@@ -147,7 +144,6 @@ pub struct ConvNext {
     name: &'static str,
     sizes: ConvNextSizes,
     crop_pct: f32,
-    published: bool,
 }
 
 impl ConvNext {
@@ -157,11 +153,7 @@ impl ConvNext {
         crop_pct: f32,
         set: &toml::Table,
     ) -> Result<Box<dyn Backbone>, ModelError> {
-        let sizes: ConvNextSizes = decode(name, defaults, set)?;
-        // How it is trained changes no shape.
-        let (layer_scale, drop_path) = (defaults.layer_scale, defaults.drop_path);
-        let published = ConvNextSizes { layer_scale, drop_path, ..sizes.clone() } == *defaults;
-        Ok(Box::new(ConvNext { name, sizes, crop_pct, published }))
+        Ok(Box::new(ConvNext { name, sizes: decode(name, defaults, set)?, crop_pct }))
     }
 
     /// Layer of an MLP, as a linear layer or as a 1x1 convolution.
@@ -197,22 +189,8 @@ impl Backbone for ConvNext {
         encode(&self.sizes)
     }
 
-    fn is_published(&self) -> bool {
-        self.published
-    }
-
     fn preprocess(&self) -> Preprocess {
-        Preprocess {
-            image_size: 224,
-            mean: IMAGENET_MEAN,
-            std: IMAGENET_STD,
-            crop_pct: self.crop_pct,
-            interpolation: Interpolation::Bicubic,
-        }
-    }
-
-    fn naming(&self) -> Naming {
-        Naming::Timm
+        Preprocess { crop_pct: self.crop_pct, ..IMAGENET }
     }
 
     fn features(&self) -> usize {
@@ -225,12 +203,8 @@ impl Backbone for ConvNext {
 
     fn taps(&self, image_size: usize) -> Result<Vec<TapInfo>, ModelError> {
         self.check_image_size(image_size)?;
-        let map = |name: String, side: usize, channels: usize| TapInfo {
-            name,
-            shape: TapShape::Image { height: side, width: side, channels },
-        };
-        let stem = map("stem".into(), image_size / PATCH, self.sizes.dims[0]);
-        let stage = |i: usize| map(format!("stages.{i}"), (image_size / PATCH) >> i, self.sizes.dims[i]);
+        let stem = TapInfo::map("stem", image_size / PATCH, self.sizes.dims[0]);
+        let stage = |i: usize| TapInfo::map(format!("stages.{i}"), (image_size / PATCH) >> i, self.sizes.dims[i]);
         Ok(std::iter::once(stem).chain((0..4).map(stage)).collect())
     }
 

@@ -5,10 +5,7 @@ use mcpipe_graph::{Activation, ConvArgs, GraphBuilder, Path, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::backbone::{
-    Backbone, IMAGENET_MEAN, IMAGENET_STD, ImageOutputs, Interpolation, Naming, Preprocess, TapInfo, TapShape, Taps,
-    image_side,
-};
+use crate::backbone::{Backbone, IMAGENET, ImageOutputs, Preprocess, TapInfo, Taps, image_side};
 use crate::error::ModelError;
 use crate::layers::{ConvActivation, check_reduction, conv_bn, divisible_by_8};
 use crate::mbconv::{Block, Kind, Trunk, classifier, odd, squeeze_excite};
@@ -101,14 +98,6 @@ const B3_SIZES: EfficientNetSizes = EfficientNetSizes { width: 1.2, depth: 1.4, 
 const LITE0_SIZES: EfficientNetSizes =
     EfficientNetSizes { fixed_ends: true, squeeze_excite: 0.0, act: ConvActivation::Relu6, ..B0_SIZES };
 
-const PREPROCESS: Preprocess = Preprocess {
-    image_size: 224,
-    mean: IMAGENET_MEAN,
-    std: IMAGENET_STD,
-    crop_pct: 0.875,
-    interpolation: Interpolation::Bicubic,
-};
-
 macro_rules! entries {
     ($($id:ident, $name:literal, $sizes:ident, $preprocess:expr, $summary:literal;)*) => {$(
         #[doc = concat!("`", $name, "`.")]
@@ -123,15 +112,15 @@ macro_rules! entries {
 }
 
 entries! {
-    B0, "efficientnet_b0", B0_SIZES, PREPROCESS, "EfficientNet-B0: 5.3 M parameters (timm's names)";
+    B0, "efficientnet_b0", B0_SIZES, IMAGENET, "EfficientNet-B0: 5.3 M parameters (timm's names)";
     B1, "efficientnet_b1", B1_SIZES,
-        Preprocess { image_size: 240, mean: [0.5; 3], std: [0.5; 3], crop_pct: 0.9, ..PREPROCESS },
+        Preprocess { image_size: 240, mean: [0.5; 3], std: [0.5; 3], crop_pct: 0.9, ..IMAGENET },
         "EfficientNet-B1: 7.8 M parameters (timm's names)";
-    B2, "efficientnet_b2", B2_SIZES, Preprocess { image_size: 256, ..PREPROCESS },
+    B2, "efficientnet_b2", B2_SIZES, Preprocess { image_size: 256, ..IMAGENET },
         "EfficientNet-B2: 9.1 M parameters (timm's names)";
-    B3, "efficientnet_b3", B3_SIZES, Preprocess { image_size: 288, ..PREPROCESS },
+    B3, "efficientnet_b3", B3_SIZES, Preprocess { image_size: 288, ..IMAGENET },
         "EfficientNet-B3: 12.2 M parameters (timm's names)";
-    LITE0, "efficientnet_lite0", LITE0_SIZES, PREPROCESS,
+    LITE0, "efficientnet_lite0", LITE0_SIZES, IMAGENET,
         "EfficientNet-Lite0: ReLU6 and no squeeze-and-excitation, 4.7 M parameters (timm's names)";
 }
 
@@ -141,7 +130,6 @@ pub struct EfficientNet {
     name: &'static str,
     sizes: EfficientNetSizes,
     preprocess: Preprocess,
-    published: bool,
 }
 
 impl EfficientNet {
@@ -151,10 +139,7 @@ impl EfficientNet {
         preprocess: Preprocess,
         set: &toml::Table,
     ) -> Result<Box<dyn Backbone>, ModelError> {
-        let sizes: EfficientNetSizes = decode(name, defaults, set)?;
-        // How it is trained changes no shape.
-        let published = EfficientNetSizes { drop_path: defaults.drop_path, ..sizes.clone() } == *defaults;
-        Ok(Box::new(EfficientNet { name, sizes, preprocess, published }))
+        Ok(Box::new(EfficientNet { name, sizes: decode(name, defaults, set)?, preprocess }))
     }
 
     fn wide(&self, channels: usize) -> usize {
@@ -207,16 +192,8 @@ impl Backbone for EfficientNet {
         encode(&self.sizes)
     }
 
-    fn is_published(&self) -> bool {
-        self.published
-    }
-
     fn preprocess(&self) -> Preprocess {
         self.preprocess
-    }
-
-    fn naming(&self) -> Naming {
-        Naming::Timm
     }
 
     fn features(&self) -> usize {
@@ -230,8 +207,7 @@ impl Backbone for EfficientNet {
     fn taps(&self, image_size: usize) -> Result<Vec<TapInfo>, ModelError> {
         self.check_image_size(image_size)?;
         let (mut taps, side) = self.trunk().taps(image_size);
-        let shape = TapShape::Image { height: side, width: side, channels: self.features() };
-        taps.push(TapInfo { name: "bn2".into(), shape });
+        taps.push(TapInfo::map("bn2", side, self.features()));
         Ok(taps)
     }
 

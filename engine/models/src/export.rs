@@ -16,8 +16,7 @@ use serde_json::{Value, json};
 use crate::backbone::{Backbone, Interpolation, Naming};
 use crate::projection::{Projection, ProjectionKind};
 use crate::text::TextEncoder;
-use crate::weights::path_prefix;
-use crate::weights::{Entry, WeightsError, write_atomic, write_safetensors};
+use crate::weights::{Entry, WeightsError, head_of, path_prefix, write_atomic, write_safetensors};
 
 pub use convert::{Conversion, Converted, Described, Form, convert, described};
 
@@ -77,6 +76,13 @@ pub struct OpenClipExport {
     pub config: PathBuf,
 }
 
+/// What the user of an export must know where timm does not build the model by its name alone.
+pub fn name_note(backbone: &dyn Backbone) -> Option<String> {
+    let name = backbone.name();
+    (backbone.naming() == Naming::Timm && !backbone.is_published())
+        .then(|| format!("its sizes are not timm's: timm.create_model(\"{name}\") alone does not build it"))
+}
+
 type Tensors<'a> = BTreeMap<String, Entry<'a>>;
 
 /// A dense matrix `[rows, cols]`.
@@ -133,6 +139,28 @@ struct Head {
     mlp: Option<(Matrix, Vec<f32>, Matrix)>,
 }
 
+/// Names of the parameters of a backbone's own head, without the backbone's path.
+struct HeadNames {
+    weight: String,
+    bias: Option<String>,
+    /// Axis of the weight's outputs.
+    outputs: usize,
+}
+
+impl HeadNames {
+    fn of(backbone: &dyn Backbone, image_size: usize) -> Result<Self, WeightsError> {
+        let refuse = |why: String| WeightsError::Export(format!("the head of `{}`: {why}", backbone.name()));
+        let head = head_of(backbone, image_size).map_err(|e| refuse(e.to_string()))?;
+        let (biases, weights): (Vec<_>, Vec<_>) = head.into_iter().partition(|(name, _)| name.ends_with("bias"));
+        match <[_; 1]>::try_from(weights) {
+            Ok([(weight, outputs)]) => {
+                Ok(HeadNames { weight, bias: biases.into_iter().next().map(|(name, _)| name), outputs })
+            }
+            Err(several) => Err(refuse(format!("it has {} weights, not one", several.len()))),
+        }
+    }
+}
+
 fn missing(name: &str) -> WeightsError {
     WeightsError::Export(format!("the store has no `{name}`"))
 }
@@ -151,22 +179,14 @@ fn times_vector(weight: &Matrix, v: &[f32]) -> Result<Vec<f32>, WeightsError> {
 }
 
 impl Student<'_> {
-    /// Names of the backbone's own head.
-    fn head_names(&self) -> &'static [&'static str] {
-        match self.backbone.naming() {
-            Naming::Timm => &["head.fc.weight", "head.fc.bias"],
-            Naming::OpenClip => &["proj"],
-        }
-    }
-
     /// The trunk without its head, under `prefix`.
     fn trunk(&self, prefix: &str) -> Result<Tensors<'_>, WeightsError> {
-        let head = self.head_names();
+        let head = HeadNames::of(self.backbone, self.image_size)?;
         let own = path_prefix(self.image_path);
         let mut tensors = Tensors::new();
         for p in self.store.params() {
             let Some(name) = p.name.strip_prefix(&own) else { continue };
-            if head.contains(&name) {
+            if name == head.weight || head.bias.as_deref() == Some(name) {
                 continue;
             }
             tensors.insert(format!("{prefix}{name}"), Entry::F32(p.shape.clone(), Cow::Borrowed(&p.data)));
@@ -180,14 +200,13 @@ impl Student<'_> {
 
     /// The head and the projection as one map.
     fn head(&self) -> Result<Head, WeightsError> {
-        let own = |name| join(self.image_path, name);
-        let (mut weight, mut bias) = match self.backbone.naming() {
-            Naming::Timm => {
-                let bias = self.store.get(&own("head.fc.bias")).map(|p| p.data.clone());
-                (Matrix::read(self.store, &own("head.fc.weight"))?, bias)
-            }
-            Naming::OpenClip => (Matrix::read(self.store, &own("proj"))?.map(|w| w.transposed()), None),
-        };
+        let own = |name: &str| join(self.image_path, name);
+        let names = HeadNames::of(self.backbone, self.image_size)?;
+        let mut bias = names.bias.and_then(|name| Some(self.store.get(&own(&name))?.data.clone()));
+        let mut weight = Matrix::read(self.store, &own(&names.weight))?;
+        if names.outputs == 1 {
+            weight = weight.map(|w| w.transposed());
+        }
         let mut mlp = None;
         match self.projection {
             None | Some((Projection { kind: ProjectionKind::None, .. }, _)) => {}
@@ -214,6 +233,23 @@ impl Student<'_> {
             }
         }
         Ok(Head { weight, bias, mlp })
+    }
+
+    /// A linear head under timm's names, which has a bias.
+    fn add_timm_head(
+        &self,
+        tensors: &mut Tensors<'_>,
+        prefix: &str,
+        weight: Matrix,
+        bias: Option<Vec<f32>>,
+    ) -> Result<(), WeightsError> {
+        let names = HeadNames::of(self.backbone, self.image_size)?;
+        if let Some(name) = names.bias {
+            let bias = bias.unwrap_or_else(|| vec![0.0; weight.rows]);
+            tensors.insert(format!("{prefix}{name}"), Entry::F32(vec![bias.len()], Cow::Owned(bias)));
+        }
+        tensors.insert(format!("{prefix}{}", names.weight), weight.entry());
+        Ok(())
     }
 
     fn metadata(&self, form: &str) -> BTreeMap<String, String> {
@@ -259,16 +295,10 @@ pub fn export_timm(student: &Student<'_>, file: &Path) -> Result<TimmExport, Wei
     let projection_left_out = head.mlp.is_some();
     let num_classes = if projection_left_out { 0 } else { head.weight.as_ref().map_or(0, |w| w.rows) };
     if !projection_left_out && let Some(weight) = head.weight {
-        add_timm_head(&mut tensors, "", weight, head.bias);
+        student.add_timm_head(&mut tensors, "", weight, head.bias)?;
     }
     write_safetensors(file, &tensors, &student.metadata("timm"))?;
     Ok(TimmExport { file: file.to_owned(), model, num_classes, projection_left_out })
-}
-
-fn add_timm_head(tensors: &mut Tensors<'_>, prefix: &str, weight: Matrix, bias: Option<Vec<f32>>) {
-    let bias = bias.unwrap_or_else(|| vec![0.0; weight.rows]);
-    tensors.insert(format!("{prefix}head.fc.bias"), Entry::F32(vec![bias.len()], Cow::Owned(bias)));
-    tensors.insert(format!("{prefix}head.fc.weight"), weight.entry());
 }
 
 /// Writes student and text encoder as one open_clip model (`CustomTextCLIP`: `visual.*`, `text.*`, `logit_scale`) into
@@ -302,7 +332,7 @@ pub fn export_open_clip(
         }
         (Naming::Timm, None, Some(weight)) => {
             let dim = weight.rows;
-            add_timm_head(&mut tensors, visual, weight, head.bias);
+            student.add_timm_head(&mut tensors, visual, weight, head.bias)?;
             (dim, "")
         }
         (Naming::Timm, None, None) => (student.backbone.features(), "none"),
@@ -400,11 +430,13 @@ fn open_clip_config(
     if text.store.get(&join(text.path, "text_projection")).is_none() && !text.shared_projection {
         text_cfg["proj_type"] = json!("none");
     }
+    // timm's word for pooling by attention of one query.
+    let attention_pool = join(student.image_path, "attn_pool.latent");
     let vision_cfg = match student.backbone.naming() {
         Naming::Timm => json!({
             "timm_model_name": student.backbone.name(),
             "timm_model_pretrained": false,
-            "timm_pool": "avg",
+            "timm_pool": if student.store.get(&attention_pool).is_some() { "map" } else { "avg" },
             "timm_proj": timm_proj,
             "image_size": student.image_size,
         }),

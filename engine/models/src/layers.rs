@@ -167,3 +167,12 @@ pub(crate) fn check_reduction(backbone: &'static str, reduction: usize, size: us
     }
     Ok(())
 }
+
+/// Refuses an image that is no whole number of patches.
+pub(crate) fn check_patches(backbone: &'static str, patch: usize, size: usize) -> Result<(), ModelError> {
+    if size == 0 || !size.is_multiple_of(patch) {
+        let message = format!("the side is a multiple of its {patch}-pixel patches");
+        return Err(ModelError::ImageSize { backbone: backbone.to_owned(), size, message });
+    }
+    Ok(())
+}

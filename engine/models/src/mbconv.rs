@@ -3,7 +3,7 @@
 
 use mcpipe_graph::{Activation, ConvArgs, GraphBuilder, Init, Path, Tensor};
 
-use crate::backbone::{TapInfo, TapShape, Taps};
+use crate::backbone::{TapInfo, Taps};
 use crate::error::ModelError;
 use crate::layers::{SqueezeExcite, conv_bn, drop_path_rates, strided};
 
@@ -111,18 +111,14 @@ impl Trunk {
 
     /// Taps of the stem (`bn1`) and of each stage (`blocks.{i}`), and the side of the last map.
     pub(crate) fn taps(&self, image_size: usize) -> (Vec<TapInfo>, usize) {
-        let map = |name: String, side: usize, channels: usize| TapInfo {
-            name,
-            shape: TapShape::Image { height: side, width: side, channels },
-        };
         let mut side = strided(image_size, 2);
-        let mut taps = vec![map("bn1".into(), side, self.stem)];
+        let mut taps = vec![TapInfo::map("bn1", side, self.stem)];
         for (i, stage) in self.stages.iter().enumerate() {
             let mut channels = self.stem;
             for block in stage {
                 (side, channels) = (strided(side, block.stride), block.out);
             }
-            taps.push(map(format!("blocks.{i}"), side, channels));
+            taps.push(TapInfo::map(format!("blocks.{i}"), side, channels));
         }
         (taps, side)
     }

@@ -5,9 +5,7 @@ use mcpipe_graph::{Activation, ConvArgs, GraphBuilder, Path, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::backbone::{
-    Backbone, IMAGENET_MEAN, IMAGENET_STD, ImageOutputs, Interpolation, Naming, Preprocess, TapInfo, Taps, image_side,
-};
+use crate::backbone::{Backbone, IMAGENET, ImageOutputs, Interpolation, Preprocess, TapInfo, Taps, image_side};
 use crate::error::ModelError;
 use crate::layers::{check_reduction, divisible_by_8};
 use crate::mbconv::{Block, Kind, Trunk, classifier, odd, squeeze_excite};
@@ -151,7 +149,6 @@ pub struct MobileNetV3 {
     name: &'static str,
     sizes: MobileNetV3Sizes,
     interpolation: Interpolation,
-    published: bool,
 }
 
 impl MobileNetV3 {
@@ -161,10 +158,7 @@ impl MobileNetV3 {
         interpolation: Interpolation,
         set: &toml::Table,
     ) -> Result<Box<dyn Backbone>, ModelError> {
-        let sizes: MobileNetV3Sizes = decode(name, defaults, set)?;
-        // How it is trained changes no shape.
-        let published = MobileNetV3Sizes { drop_path: defaults.drop_path, ..sizes.clone() } == *defaults;
-        Ok(Box::new(MobileNetV3 { name, sizes, interpolation, published }))
+        Ok(Box::new(MobileNetV3 { name, sizes: decode(name, defaults, set)?, interpolation }))
     }
 
     fn trunk(&self) -> Trunk {
@@ -209,22 +203,8 @@ impl Backbone for MobileNetV3 {
         encode(&self.sizes)
     }
 
-    fn is_published(&self) -> bool {
-        self.published
-    }
-
     fn preprocess(&self) -> Preprocess {
-        Preprocess {
-            image_size: 224,
-            mean: IMAGENET_MEAN,
-            std: IMAGENET_STD,
-            crop_pct: 0.875,
-            interpolation: self.interpolation,
-        }
-    }
-
-    fn naming(&self) -> Naming {
-        Naming::Timm
+        Preprocess { interpolation: self.interpolation, ..IMAGENET }
     }
 
     fn features(&self) -> usize {

@@ -7,7 +7,7 @@ use mcpipe_graph::{Activation, ConvArgs, GraphBuilder, Init, Path, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::backbone::{Backbone, ImageOutputs, Interpolation, Naming, Preprocess, TapInfo, TapShape, Taps, image_side};
+use crate::backbone::{Backbone, IMAGENET, ImageOutputs, Preprocess, TapInfo, TapShape, Taps, image_side};
 use crate::error::ModelError;
 use crate::layers::{check_reduction, conv_norm_act, divisible_by_8, drop_path_rates, scaled, strided};
 use crate::params::{Sizes, decode, encode, positive, positive_factor, rate, schema};
@@ -178,7 +178,6 @@ pub(crate) fn inverted_residual(
 pub struct MobileVit {
     name: &'static str,
     sizes: MobileVitSizes,
-    published: bool,
 }
 
 impl MobileVit {
@@ -187,10 +186,7 @@ impl MobileVit {
         defaults: &MobileVitSizes,
         set: &toml::Table,
     ) -> Result<Box<dyn Backbone>, ModelError> {
-        let sizes: MobileVitSizes = decode(name, defaults, set)?;
-        // How it is trained changes no shape.
-        let published = MobileVitSizes { drop_path: defaults.drop_path, ..sizes.clone() } == *defaults;
-        Ok(Box::new(MobileVit { name, sizes, published }))
+        Ok(Box::new(MobileVit { name, sizes: decode(name, defaults, set)? }))
     }
 
     /// Sides of the maps after the stem and after each stage.
@@ -281,22 +277,8 @@ impl Backbone for MobileVit {
         encode(&self.sizes)
     }
 
-    fn is_published(&self) -> bool {
-        self.published
-    }
-
     fn preprocess(&self) -> Preprocess {
-        Preprocess {
-            image_size: 256,
-            mean: [0.0; 3],
-            std: [1.0; 3],
-            crop_pct: 0.9,
-            interpolation: Interpolation::Bicubic,
-        }
-    }
-
-    fn naming(&self) -> Naming {
-        Naming::Timm
+        Preprocess { image_size: 256, mean: [0.0; 3], std: [1.0; 3], crop_pct: 0.9, ..IMAGENET }
     }
 
     fn features(&self) -> usize {
@@ -310,11 +292,7 @@ impl Backbone for MobileVit {
     fn taps(&self, image_size: usize) -> Result<Vec<TapInfo>, ModelError> {
         self.check_image_size(image_size)?;
         let (s, sides) = (&self.sizes, self.sides(image_size));
-        let map = |name: String, side: usize, channels: usize| TapInfo {
-            name,
-            shape: TapShape::Image { height: side, width: side, channels },
-        };
-        let mut taps = vec![map("stem".into(), sides[0], s.stem)];
+        let mut taps = vec![TapInfo::map("stem", sides[0], s.stem)];
         for i in 0..5 {
             if i >= FIRST_TRANSFORMER_STAGE {
                 let grid = [self.patches(sides[i + 1]); 2];
@@ -325,9 +303,9 @@ impl Backbone for MobileVit {
                         .map(|k| TapInfo { name: format!("stages.{i}.{}.transformer.{k}.attn", s.depths[i]), shape }),
                 );
             }
-            taps.push(map(format!("stages.{i}"), sides[i + 1], s.channels[i]));
+            taps.push(TapInfo::map(format!("stages.{i}"), sides[i + 1], s.channels[i]));
         }
-        taps.push(map("final_conv".into(), sides[5], s.features));
+        taps.push(TapInfo::map("final_conv", sides[5], s.features));
         Ok(taps)
     }
 

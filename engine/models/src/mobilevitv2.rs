@@ -7,7 +7,7 @@ use mcpipe_graph::{Activation, ConvArgs, GraphBuilder, Init, Path, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::backbone::{Backbone, ImageOutputs, Interpolation, Naming, Preprocess, TapInfo, TapShape, Taps, image_side};
+use crate::backbone::{Backbone, IMAGENET, ImageOutputs, Preprocess, TapInfo, Taps, image_side};
 use crate::error::ModelError;
 use crate::layers::{check_reduction, conv_norm_act, divisible_by_8, drop_path_rates, pointwise, scaled, strided};
 use crate::mobilevit::inverted_residual;
@@ -117,7 +117,6 @@ const WEIGHT: Init = Init::KaimingFanOut { groups: 1 };
 pub struct MobileVitV2 {
     name: &'static str,
     sizes: MobileVitV2Sizes,
-    published: bool,
 }
 
 impl MobileVitV2 {
@@ -126,10 +125,7 @@ impl MobileVitV2 {
         defaults: &MobileVitV2Sizes,
         set: &toml::Table,
     ) -> Result<Box<dyn Backbone>, ModelError> {
-        let sizes: MobileVitV2Sizes = decode(name, defaults, set)?;
-        // How it is trained changes no shape.
-        let published = MobileVitV2Sizes { drop_path: defaults.drop_path, ..sizes.clone() } == *defaults;
-        Ok(Box::new(MobileVitV2 { name, sizes, published }))
+        Ok(Box::new(MobileVitV2 { name, sizes: decode(name, defaults, set)? }))
     }
 
     /// Side of a map whose sides are whole patches.
@@ -200,22 +196,8 @@ impl Backbone for MobileVitV2 {
         encode(&self.sizes)
     }
 
-    fn is_published(&self) -> bool {
-        self.published
-    }
-
     fn preprocess(&self) -> Preprocess {
-        Preprocess {
-            image_size: 256,
-            mean: [0.0; 3],
-            std: [1.0; 3],
-            crop_pct: 0.888,
-            interpolation: Interpolation::Bicubic,
-        }
-    }
-
-    fn naming(&self) -> Naming {
-        Naming::Timm
+        Preprocess { image_size: 256, mean: [0.0; 3], std: [1.0; 3], crop_pct: 0.888, ..IMAGENET }
     }
 
     fn features(&self) -> usize {
@@ -229,21 +211,17 @@ impl Backbone for MobileVitV2 {
     fn taps(&self, image_size: usize) -> Result<Vec<TapInfo>, ModelError> {
         self.check_image_size(image_size)?;
         let s = &self.sizes;
-        let map = |name: String, side: usize, channels: usize| TapInfo {
-            name,
-            shape: TapShape::Image { height: side, width: side, channels },
-        };
         let mut side = strided(image_size, 2);
-        let mut taps = vec![map("stem".into(), side, s.stem)];
+        let mut taps = vec![TapInfo::map("stem", side, s.stem)];
         for i in 0..5 {
             side = strided(side, s.strides[i]);
             if i >= FIRST_TRANSFORMER_STAGE {
                 side = self.whole(side);
             }
-            taps.push(map(format!("stages.{i}"), side, s.channels[i]));
+            taps.push(TapInfo::map(format!("stages.{i}"), side, s.channels[i]));
         }
         // timm's name of the last map among its features; there is no such convolution in this family.
-        taps.push(map("final_conv".into(), side, s.channels[4]));
+        taps.push(TapInfo::map("final_conv", side, s.channels[4]));
         Ok(taps)
     }
 

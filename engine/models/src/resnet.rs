@@ -5,10 +5,7 @@ use mcpipe_graph::{Activation, ConvArgs, GraphBuilder, Init, Path, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::backbone::{
-    Backbone, IMAGENET_MEAN, IMAGENET_STD, ImageOutputs, Interpolation, Naming, Preprocess, TapInfo, TapShape, Taps,
-    image_side,
-};
+use crate::backbone::{Backbone, IMAGENET, ImageOutputs, Preprocess, TapInfo, Taps, image_side};
 use crate::error::ModelError;
 use crate::layers::{ConvActivation, check_reduction, conv_bn, drop_path_rates, strided};
 use crate::params::{Sizes, decode, encode, positive, rate, schema};
@@ -76,15 +73,11 @@ const STEM: usize = 64;
 pub struct ResNet {
     name: &'static str,
     sizes: ResNetSizes,
-    published: bool,
 }
 
 impl ResNet {
     fn boxed(name: &'static str, defaults: &ResNetSizes, set: &toml::Table) -> Result<Box<dyn Backbone>, ModelError> {
-        let sizes: ResNetSizes = decode(name, defaults, set)?;
-        // How it is trained changes no shape.
-        let published = ResNetSizes { drop_path: defaults.drop_path, ..sizes.clone() } == *defaults;
-        Ok(Box::new(ResNet { name, sizes, published }))
+        Ok(Box::new(ResNet { name, sizes: decode(name, defaults, set)? }))
     }
 
     /// Channels after stage i.
@@ -139,22 +132,8 @@ impl Backbone for ResNet {
         encode(&self.sizes)
     }
 
-    fn is_published(&self) -> bool {
-        self.published
-    }
-
     fn preprocess(&self) -> Preprocess {
-        Preprocess {
-            image_size: 224,
-            mean: IMAGENET_MEAN,
-            std: IMAGENET_STD,
-            crop_pct: 0.95,
-            interpolation: Interpolation::Bicubic,
-        }
-    }
-
-    fn naming(&self) -> Naming {
-        Naming::Timm
+        Preprocess { crop_pct: 0.95, ..IMAGENET }
     }
 
     fn features(&self) -> usize {
@@ -167,15 +146,11 @@ impl Backbone for ResNet {
 
     fn taps(&self, image_size: usize) -> Result<Vec<TapInfo>, ModelError> {
         self.check_image_size(image_size)?;
-        let map = |name: String, side: usize, channels: usize| TapInfo {
-            name,
-            shape: TapShape::Image { height: side, width: side, channels },
-        };
         let mut side = strided(image_size, 2);
-        let mut taps = vec![map("act1".into(), side, STEM)];
+        let mut taps = vec![TapInfo::map("act1", side, STEM)];
         for i in 0..4 {
             side = strided(side, 2);
-            taps.push(map(format!("layer{}", i + 1), side, self.out(i)));
+            taps.push(TapInfo::map(format!("layer{}", i + 1), side, self.out(i)));
         }
         Ok(taps)
     }

@@ -5,9 +5,9 @@ use mcpipe_graph::{ConvArgs, GraphBuilder, Init, Path, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::backbone::{Backbone, ImageOutputs, Interpolation, Naming, Preprocess, TapInfo, TapShape, Taps, image_side};
+use crate::backbone::{Backbone, IMAGENET, ImageOutputs, Preprocess, TapInfo, TapShape, Taps, image_side};
 use crate::error::ModelError;
-use crate::layers::{conv2d_with, torch_bias};
+use crate::layers::{check_patches, conv2d_with, torch_bias};
 use crate::params::{Sizes, decode, encode, positive, schema};
 use crate::registry::BackboneEntry;
 use crate::transformer::MlpActivation;
@@ -78,7 +78,6 @@ pub struct Siglip {
     name: &'static str,
     image_size: usize,
     sizes: SiglipSizes,
-    published: bool,
 }
 
 impl Siglip {
@@ -88,9 +87,7 @@ impl Siglip {
         defaults: &SiglipSizes,
         set: &toml::Table,
     ) -> Result<Box<dyn Backbone>, ModelError> {
-        let sizes = decode(name, defaults, set)?;
-        let published = sizes == *defaults;
-        Ok(Box::new(Siglip { name, image_size, sizes, published }))
+        Ok(Box::new(Siglip { name, image_size, sizes: decode(name, defaults, set)? }))
     }
 
     /// A linear layer as timm starts every one of them: a narrow normal, no bias.
@@ -153,22 +150,8 @@ impl Backbone for Siglip {
         encode(&self.sizes)
     }
 
-    fn is_published(&self) -> bool {
-        self.published
-    }
-
     fn preprocess(&self) -> Preprocess {
-        Preprocess {
-            image_size: self.image_size,
-            mean: [0.5; 3],
-            std: [0.5; 3],
-            crop_pct: 0.9,
-            interpolation: Interpolation::Bicubic,
-        }
-    }
-
-    fn naming(&self) -> Naming {
-        Naming::Timm
+        Preprocess { image_size: self.image_size, mean: [0.5; 3], std: [0.5; 3], crop_pct: 0.9, ..IMAGENET }
     }
 
     fn features(&self) -> usize {
@@ -176,12 +159,7 @@ impl Backbone for Siglip {
     }
 
     fn check_image_size(&self, size: usize) -> Result<(), ModelError> {
-        let patch = self.sizes.patch_size;
-        if size == 0 || !size.is_multiple_of(patch) {
-            let message = format!("the side is a multiple of its {patch}-pixel patches");
-            return Err(ModelError::ImageSize { backbone: self.name.to_owned(), size, message });
-        }
-        Ok(())
+        check_patches(self.name, self.sizes.patch_size, size)
     }
 
     fn taps(&self, image_size: usize) -> Result<Vec<TapInfo>, ModelError> {

@@ -6,9 +6,10 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::backbone::{
-    Backbone, CLIP_MEAN, CLIP_STD, ImageOutputs, Interpolation, Naming, Preprocess, TapInfo, TapShape, Taps, image_side,
+    Backbone, CLIP_MEAN, CLIP_STD, IMAGENET, ImageOutputs, Naming, Preprocess, TapInfo, TapShape, Taps, image_side,
 };
 use crate::error::ModelError;
+use crate::layers::check_patches;
 use crate::params::{Sizes, decode, encode, positive, positive_factor, schema};
 use crate::registry::BackboneEntry;
 use crate::transformer::{BlockInit, LN_EPS, MlpActivation, Transformer, project};
@@ -117,14 +118,11 @@ pub const BASE_32: BackboneEntry = BackboneEntry {
 pub struct Vit {
     name: &'static str,
     sizes: VitSizes,
-    published: bool,
 }
 
 impl Vit {
     fn boxed(name: &'static str, defaults: &VitSizes, set: &toml::Table) -> Result<Box<dyn Backbone>, ModelError> {
-        let sizes = decode(name, defaults, set)?;
-        let published = sizes == *defaults;
-        Ok(Box::new(Vit { name, sizes, published }))
+        Ok(Box::new(Vit { name, sizes: decode(name, defaults, set)? }))
     }
 
     fn transformer(&self) -> Transformer {
@@ -156,18 +154,8 @@ impl Backbone for Vit {
         encode(&self.sizes)
     }
 
-    fn is_published(&self) -> bool {
-        self.published
-    }
-
     fn preprocess(&self) -> Preprocess {
-        Preprocess {
-            image_size: 224,
-            mean: CLIP_MEAN,
-            std: CLIP_STD,
-            crop_pct: 1.0,
-            interpolation: Interpolation::Bicubic,
-        }
+        Preprocess { mean: CLIP_MEAN, std: CLIP_STD, crop_pct: 1.0, ..IMAGENET }
     }
 
     fn naming(&self) -> Naming {
@@ -179,12 +167,7 @@ impl Backbone for Vit {
     }
 
     fn check_image_size(&self, size: usize) -> Result<(), ModelError> {
-        let patch = self.sizes.patch_size;
-        if size == 0 || !size.is_multiple_of(patch) {
-            let message = format!("the side is a multiple of its {patch}-pixel patches");
-            return Err(ModelError::ImageSize { backbone: self.name().to_owned(), size, message });
-        }
-        Ok(())
+        check_patches(self.name, self.sizes.patch_size, size)
     }
 
     fn taps(&self, image_size: usize) -> Result<Vec<TapInfo>, ModelError> {

@@ -40,7 +40,9 @@ def check(directory):
     if file.exists():
         with safe_open(file, "pt") as f:
             name = f.metadata()["mcpipe.backbone"]
-            classes = f.get_slice("head.fc.weight").get_shape()[0] if "head.fc.weight" in f.keys() else 0
+            head = timm.models.get_pretrained_cfg(name).classifier
+            key = f"{head}.weight"
+            classes = f.get_slice(key).get_shape()[0] if key in f.keys() else 0
         model = load_timm(file, name, classes)
         out = model(pixels)
         if classes:

@@ -7,6 +7,7 @@ use mcpipe_graph::backend::Cpu;
 use mcpipe_graph::{Executor, Feed, GraphBuilder, Mode, ParamStore, Path};
 use mcpipe_models::export::{
     Conversion, Described, Form as Names, Student, StudentText, convert, described, export_open_clip, export_timm,
+    name_note,
 };
 use mcpipe_models::projection::{Projection, ProjectionKind};
 use mcpipe_models::weights::NameMap;
@@ -155,6 +156,80 @@ fn a_linear_projection_is_folded_into_the_head() {
         checkpoint.load(&mut exported, &NameMap::whole("i")).unwrap();
         close(&embeddings(&plain, &mut exported)[0], &expected[0]);
     }
+}
+
+/// Families differ in the name of the head, and in where an embedding of the features' width has one.
+#[test]
+fn the_head_has_the_name_of_its_family() {
+    let dir = tempfile::tempdir().unwrap();
+    let cases = [
+        ("resnet18", "channels = [4, 4, 8, 8]\ndepths = [1, 1, 1, 1]", "fc"),
+        ("mobilenetv3_small_050", "width = 0.25\nlast = 64\nfeatures = 32", "classifier"),
+        ("efficientnet_lite0", "width = 0.25", "classifier"),
+        ("convmixer_1024_20_ks9_p14", "width = 8\ndepth = 1\npatch_size = 8", "head"),
+        ("convnext_atto", "depths = [1, 1, 1, 1]\ndims = [8, 8, 8, 8]", "head.fc"),
+        ("vit_base_patch16_siglip_224", "width = 16\ndepth = 1\nheads = 2", "head"),
+    ];
+    for (name, sizes, head) in cases {
+        let image = backbone(name, &sizes.parse().unwrap()).unwrap();
+        let mut kinds = Vec::new();
+        for (own, kind) in [(Some(10), Some(LINEAR)), (None, Some(LINEAR)), (Some(6), None)] {
+            let projection = kind.map(|p| (p, "projection"));
+            let paths = ("student", "text");
+            let form = |image_path, head, projection| Form {
+                image: &*image,
+                image_path,
+                text_path: paths.1,
+                head,
+                text_dim: 6,
+                projection,
+                shared: false,
+            };
+            let trained = form(paths.0, own, projection);
+            let mut store = ParamStore::default();
+            embeddings(&trained, &mut store);
+            disturb(&mut store);
+            let expected = embeddings(&trained, &mut store);
+            let (store, backbone) = (&store, &*image);
+            let student = Student { store, backbone, image_path: paths.0, image_size: SIDE, projection, batches: 1 };
+            let file = dir.path().join("timm.safetensors");
+            assert_eq!(export_timm(&student, &file).unwrap().num_classes, 6, "{name}");
+            let checkpoint = Checkpoint::open(&file).unwrap();
+            for part in ["weight", "bias"] {
+                assert!(checkpoint.shape(&format!("{head}.{part}")).is_some(), "{name}");
+            }
+            // Nothing missing and nothing beside.
+            let plain = form("i", Some(6), None);
+            let mut exported = ParamStore::default();
+            embeddings(&plain, &mut exported);
+            checkpoint.load(&mut exported, &NameMap::whole("i")).unwrap();
+            close(&embeddings(&plain, &mut exported)[0], &expected[0]);
+
+            let encoder = text();
+            let text =
+                StudentText { store, encoder: &*encoder, path: paths.1, shared_projection: false, logit_scale: 2.5 };
+            let out = export_open_clip(&student, &text, &dir.path().join("open_clip")).unwrap();
+            let checkpoint = Checkpoint::open(&out.weights).unwrap();
+            assert!(checkpoint.shape(&format!("visual.trunk.{head}.weight")).is_some(), "{name}");
+            let config: serde_json::Value = serde_json::from_slice(&std::fs::read(&out.config).unwrap()).unwrap();
+            kinds.push(config["model_cfg"]["vision_cfg"]["timm_pool"].as_str().unwrap().to_owned());
+            // And back, by the names in the file.
+            let to = Conversion { backbone, image_size: SIDE, form: Names::Timm, reparam: false };
+            let again = convert(&checkpoint, &to, &dir.path().join("again.safetensors")).unwrap();
+            assert_eq!(again.num_classes, 6, "{name}");
+        }
+        let pool = if name.contains("siglip") { "map" } else { "avg" };
+        assert!(kinds.iter().all(|kind| kind == pool), "{name}: {kinds:?}");
+    }
+}
+
+#[test]
+fn sizes_of_ones_own_are_noted() {
+    assert!(name_note(&*small()).is_some_and(|note| note.contains("timm.create_model(\"mobilevit_xxs\")")));
+    // open_clip's configuration holds the sizes of its own tower.
+    assert_eq!(name_note(&*vit()), None);
+    let published = backbone("mobilevit_xxs", &toml::Table::new()).unwrap();
+    assert_eq!(name_note(&*published), None);
 }
 
 #[test]

@@ -5,10 +5,10 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use mcpipe_data::{LoaderOptions, Normalize, SampleSet, TrainLoader};
+use mcpipe_data::{Filter, ImageForm, LoaderOptions, Normalize, SampleSet, TrainLoader};
 use mcpipe_graph::{GraphBuilder, Param, ParamStore, StepGraph};
 use mcpipe_models::weights::{Entry, NameMap, write_safetensors};
-use mcpipe_models::{Checkpoint, Preprocess};
+use mcpipe_models::{Checkpoint, Interpolation, Preprocess};
 use mcpipe_spec::Spec;
 use mcpipe_train::{Batch, BatchSource, BoxError, ImageTower, LOGIT_SCALE, Mix, TextTower};
 
@@ -145,8 +145,8 @@ pub fn write_weights(
 /// A model's own form of its images.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct View {
-    /// Side in pixels.
-    pub size: usize,
+    /// Side and filter of the resize.
+    pub form: ImageForm,
     /// Normalisation.
     pub normalize: Normalize,
 }
@@ -154,7 +154,11 @@ pub struct View {
 impl View {
     /// The form of a backbone's images at a size.
     pub fn new(size: usize, preprocess: &Preprocess) -> Self {
-        Self { size, normalize: Normalize { mean: preprocess.mean, std: preprocess.std } }
+        let filter = match preprocess.interpolation {
+            Interpolation::Bilinear => Filter::Bilinear,
+            Interpolation::Bicubic => Filter::Bicubic,
+        };
+        Self { form: ImageForm { size, filter }, normalize: Normalize { mean: preprocess.mean, std: preprocess.std } }
     }
 }
 
@@ -178,18 +182,23 @@ pub fn open_training_data(shards: Vec<PathBuf>) -> Result<Arc<SampleSet>, RunErr
     Ok(Arc::new(SampleSet::open(shards)?))
 }
 
-/// The options of the training stream of a model.
-pub fn loader_options(spec: &Spec, seed: u64, batch_size: usize, views: &Views) -> LoaderOptions {
-    let mut sizes: Vec<usize> = Vec::new();
+/// The sizes and filters that images are resized to, each once.
+fn forms(views: &Views) -> Vec<ImageForm> {
+    let mut forms: Vec<ImageForm> = Vec::new();
     for view in &views.0 {
-        if !sizes.contains(&view.size) {
-            sizes.push(view.size);
+        if !forms.contains(&view.form) {
+            forms.push(view.form);
         }
     }
+    forms
+}
+
+/// The options of the training stream of a model.
+pub fn loader_options(spec: &Spec, seed: u64, batch_size: usize, views: &Views) -> LoaderOptions {
     LoaderOptions {
         seed,
         batch_size,
-        sizes,
+        forms: forms(views),
         augment: (&spec.augment).into(),
         mix: (&spec.augment).into(),
         on_bad_sample: (&spec.data.train).into(),
@@ -227,13 +236,42 @@ impl BatchSource for Source {
         let rows = batch.len();
         let mut views = Vec::with_capacity(self.views.0.len());
         for view in &self.views.0 {
-            let bytes = batch.images_of(view.size).unwrap_or_default();
+            let bytes = batch.images_of(view.form).unwrap_or_default();
             let mut values = vec![0.0; bytes.len()];
-            mcpipe_data::model_input(bytes, rows, view.size, batch.mix.as_ref(), &view.normalize, &mut values)?;
+            mcpipe_data::model_input(bytes, rows, view.form.size, batch.mix.as_ref(), &view.normalize, &mut values)?;
             views.push(values);
         }
         let mix = batch.mix_targets().map(|targets| Mix { partner: targets.partner, keep: targets.lambda });
         let cursor = serde_json::json!({ "step": self.loader.step() });
         Ok(Batch { views, captions: batch.captions, mix, cursor })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use mcpipe_models::backbone;
+    use mcpipe_train::BackboneTower;
+
+    use super::*;
+    use crate::model::evaluation_view;
+
+    /// Evaluation and training resize with the filter that timm's configuration of the model names.
+    #[test]
+    fn images_are_resized_with_the_models_filter() {
+        let mut views = Views::default();
+        let names = ["mobilenetv3_large_100", "mobilenetv3_large_075", "resnet18"];
+        for name in names {
+            let backbone: Arc<_> = backbone(name, &toml::Table::new()).unwrap().into();
+            let (path, head) = (mcpipe_graph::Path::new("image"), None);
+            let tower = BackboneTower { backbone, path, image_size: 64, head, projection: None };
+            let filter = if name.ends_with("large_075") { Filter::Bilinear } else { Filter::Bicubic };
+            let (transform, _) = evaluation_view(&tower);
+            assert_eq!((transform.size, transform.filter), (64, filter), "{name}");
+            views.position(View::new(tower.image_size, &tower.backbone.preprocess()));
+        }
+        let bilinear = ImageForm { size: 64, filter: Filter::Bilinear };
+        assert_eq!(forms(&views), [64.into(), bilinear]);
     }
 }

@@ -2,11 +2,13 @@
 
 use mcpipe_data::{ImageList, PLACEHOLDER, check_template};
 use mcpipe_eval::{Classifier, EvalError, softmax, top_k};
+use mcpipe_graph::Kernels;
 use serde::Serialize;
 
 use crate::embed::{EmbedOptions, embed_images};
 use crate::error::RunError;
 use crate::model::{Model, ModelSource};
+use crate::settings::open;
 
 /// Template of prompts where none is given.
 pub const TEMPLATE: &str = "a photo of a {c}.";
@@ -82,7 +84,7 @@ pub fn classify(
 ) -> Result<Vec<Classified>, RunError> {
     classes.check()?;
     let list = ImageList::open(images)?;
-    let mut model = Model::open(source, true)?;
+    let mut model = Model::open(source, true, &open(options.device, Kernels::Native)?)?;
     let failed = |error: EvalError| RunError::Eval(error.to_string());
     let prompts = classes.prompts();
     let prompts = model.embed_texts(&prompts.iter().map(String::as_str).collect::<Vec<_>>())?;

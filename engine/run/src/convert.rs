@@ -2,8 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use mcpipe_models::Checkpoint;
-use mcpipe_models::export::{Conversion, Form, convert, described};
+use mcpipe_models::export::{Conversion, Form, convert, described, name_note};
+use mcpipe_models::{Checkpoint, WeightsError};
 
 use crate::error::RunError;
 use crate::model::named_backbone;
@@ -36,8 +36,8 @@ pub fn export(source: &ExportSource, form: Form, reparam: bool, output: &Path) -
     let (file, model, size) = match source {
         ExportSource::Described(path) => {
             let path = if path.is_dir() { of_run(path, form)? } else { path.clone() };
-            let file = Checkpoint::open(&path)?;
-            let noted = described(&file)?.ok_or_else(|| {
+            let file = Checkpoint::open(&path).map_err(RunError::of_input)?;
+            let noted = described(&file).map_err(RunError::of_input)?.ok_or_else(|| {
                 let path = path.display();
                 RunError::Usage(format!("{path} does not say whose weights it holds; give --backbone and --weights"))
             })?;
@@ -45,11 +45,15 @@ pub fn export(source: &ExportSource, form: Form, reparam: bool, output: &Path) -
         }
         ExportSource::Weights { file, backbone: name, params, image_size } => {
             let (model, size) = named_backbone(name, params, *image_size)?;
-            (Checkpoint::open(file)?, model, size)
+            (Checkpoint::open(file).map_err(RunError::of_input)?, model, size)
         }
     };
     let to = Conversion { backbone: model.as_ref(), image_size: size, form, reparam };
-    let done = convert(&file, &to, output)?;
+    let done = convert(&file, &to, output).map_err(|error| match error {
+        WeightsError::Io { .. } => RunError::Weights(error),
+        // What was given does not fit what was asked for.
+        other => RunError::of_input(other),
+    })?;
     let mut line = format!("{}: {}", output.display(), model.name());
     if reparam {
         line += &format!(" folded from {} to {} tensors", done.read, done.written);
@@ -61,6 +65,9 @@ pub fn export(source: &ExportSource, form: Form, reparam: bool, output: &Path) -
     };
     if !done.left_out.is_empty() {
         line += &format!("; {} tensors beside the trunk left out", done.left_out.len());
+    }
+    if let Some(note) = name_note(model.as_ref()) {
+        line += &format!("; {note}");
     }
     Ok(line)
 }

@@ -1,6 +1,7 @@
 //! What `mcpipe plan` says of a pipeline: stages, models with the shapes of their taps, memory and work of a step.
 
 use mcpipe_models::TapShape;
+use mcpipe_models::export::name_note;
 use mcpipe_train::{ImageTower, StepPlan, TextTower, TowerShape};
 use serde::Serialize;
 
@@ -57,6 +58,9 @@ pub struct ModelLine {
     pub flops: u64,
     /// Dimension of its embedding.
     pub dim: usize,
+    /// What the user of its export must know.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub note: Option<String>,
     /// Its taps.
     pub taps: Vec<TapLine>,
 }
@@ -119,6 +123,9 @@ pub fn describe(pipeline: &Pipeline, settings: &Settings) -> Result<Description,
     };
     let name = student.image.backbone.name();
     let mut models = vec![image_line("student".into(), name, &student.image, &used(true, None))?];
+    if !resolved.spec().export.formats.is_empty() {
+        models[0].note = name_note(student.image.backbone.as_ref());
+    }
     models.push(text_line("student text".into(), student.text_tower.encoder.name(), &student.text_tower)?);
     for (at, teacher) in resolved.models.teachers.iter().enumerate() {
         if let Some(tower) = &teacher.image {
@@ -134,19 +141,19 @@ pub fn describe(pipeline: &Pipeline, settings: &Settings) -> Result<Description,
         let distilled = role == Role::Student && resolved.distils();
         let setup = setups::student(resolved, distilled, Frozen::ShapesOnly, settings, String::new())?;
         let name = if role == Role::Student { "student" } else { "student without distillation" };
-        steps.push(training_line(name.into(), &setup)?);
+        steps.push(training_line(name.into(), &setup, settings)?);
     }
     for (at, teacher) in resolved.spec().teachers.iter().enumerate() {
         if let mcpipe_spec::Teacher::Train(teacher) = teacher {
             let setup = setups::trained_teacher(resolved, at, Frozen::ShapesOnly, settings, String::new())?;
-            steps.push(training_line(format!("teacher {}", teacher.name), &setup)?);
+            steps.push(training_line(format!("teacher {}", teacher.name), &setup, settings)?);
         }
     }
     Ok(Description { name: resolved.spec().name.clone(), stages, models, steps })
 }
 
-fn training_line(training: String, setup: &setups::Setup) -> Result<TrainingLine, RunError> {
-    let mut plan = StepPlan::new(&setup.train)?;
+fn training_line(training: String, setup: &setups::Setup, settings: &Settings) -> Result<TrainingLine, RunError> {
+    let mut plan = StepPlan::new(&setup.train, settings.on_gpu())?;
     for part in &mut plan.parts {
         // The trainer knows the model that it trains as the student, whoever it is to the pipeline.
         if let Some(rest) = part.name.strip_prefix("student") {
@@ -175,6 +182,7 @@ fn image_line(model: String, component: &str, tower: &dyn ImageTower, used: &[St
         parameters: graph.trained_len(),
         flops: graph.forward_flops(),
         dim: tower.dim(),
+        note: None,
         taps: taps.collect(),
     })
 }
@@ -188,6 +196,7 @@ fn text_line(model: String, component: &str, tower: &dyn TextTower) -> Result<Mo
         parameters: graph.trained_len(),
         flops: graph.forward_flops(),
         dim: tower.dim(),
+        note: None,
         taps: Vec::new(),
     })
 }

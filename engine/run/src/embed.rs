@@ -10,11 +10,12 @@ use mcpipe_eval::normalize;
 use mcpipe_graph::Kernels;
 use mcpipe_models::weights::{Entry, write_safetensors};
 use mcpipe_models::{Checkpoint, ModelError, TapShape, WeightsError};
-use mcpipe_train::{Encoder, ImageTower, TrainError};
+use mcpipe_train::{DeviceChoice, Encoder, ImageTower, TrainError};
 
 use crate::error::RunError;
 use crate::model::{Model, ModelSource, evaluation_view};
 use crate::npy;
+use crate::settings::open;
 use crate::store::write_file;
 
 /// What is to be embedded.
@@ -39,11 +40,13 @@ pub struct EmbedOptions {
     pub normalize: bool,
     /// Threads that decode.
     pub workers: usize,
+    /// What the model runs on.
+    pub device: DeviceChoice,
 }
 
 impl Default for EmbedOptions {
     fn default() -> Self {
-        Self { taps: Vec::new(), batch: 32, normalize: true, workers: 2 }
+        Self { taps: Vec::new(), batch: 32, normalize: true, workers: 2, device: DeviceChoice::Cpu }
     }
 }
 
@@ -92,7 +95,7 @@ pub fn embed(
     if texts && !options.taps.is_empty() {
         return Err(RunError::Usage("taps lie in the image backbone; texts have none".into()));
     }
-    let mut model = Model::open(source, texts)?;
+    let mut model = Model::open(source, texts, &open(options.device, Kernels::Native)?)?;
     let (names, out) = match inputs {
         Inputs::Texts(texts) => {
             let embedding = embed_texts(&mut model, texts, options.batch, tell)?;
@@ -194,7 +197,7 @@ struct ImageEncoder {
 impl ImageEncoder {
     fn new(model: &Model, taps: &[String], batch: usize) -> Result<Self, RunError> {
         let batch = batch.max(1);
-        let encoder = Encoder::tapped(&model.image, taps, batch, &model.store, Kernels::Native);
+        let encoder = Encoder::tapped(&model.image, taps, batch, &model.store, &model.compute);
         let encoder = encoder.map_err(|error| match error {
             TrainError::Model(error @ ModelError::UnknownTap { .. }) => RunError::Usage(error.to_string()),
             other => RunError::Train(other),

@@ -94,6 +94,11 @@ impl RunError {
         Self::Write { path: path.to_owned(), source }
     }
 
+    /// A file that the user named and that can't be used is bad usage.
+    pub(crate) fn of_input(error: mcpipe_models::WeightsError) -> Self {
+        Self::Usage(error.to_string())
+    }
+
     pub(crate) fn in_stage(self, stage: &str) -> Self {
         match self {
             // These speak of the whole run.

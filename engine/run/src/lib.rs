@@ -44,6 +44,7 @@ pub use embed::{EmbedOptions, EmbeddingFile, Embeddings, Inputs, Rows, embed};
 pub use error::RunError;
 pub use hash::code_version;
 pub use mcpipe_models::export::Form;
+pub use mcpipe_train::DeviceChoice;
 pub use model::{ModelSource, WeightFile};
 pub use pipeline::{Pipeline, Resolved, compile};
 pub use plan::Plan;

@@ -6,13 +6,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use mcpipe_data::{EvalTransform, Normalize};
-use mcpipe_graph::{Kernels, ParamStore};
+use mcpipe_graph::ParamStore;
 use mcpipe_models::export::described;
 use mcpipe_models::projection::{Projection, ProjectionKind};
 use mcpipe_models::weights::{NameMap, head_of};
 use mcpipe_models::{Backbone, Checkpoint, backbone};
 use mcpipe_spec::TeacherKind;
-use mcpipe_train::{BackboneTower, CaptionEncoder, Encoder, EncoderTower, Head, LOGIT_SCALE};
+use mcpipe_train::{BackboneTower, CaptionEncoder, Compute, Encoder, EncoderTower, Head, LOGIT_SCALE};
 
 use crate::assemble::{View, WEIGHTS, declared, image_graph, read_own, read_weights, text_graph};
 use crate::components::components;
@@ -62,6 +62,8 @@ pub struct Model {
     text: Option<TextSide>,
     /// Factor of cosines that makes logits.
     pub logit_scale: f64,
+    /// What it runs on.
+    pub compute: Compute,
 }
 
 /// A text encoder, and the map behind it where the text embedding goes through the image side's projection.
@@ -96,27 +98,27 @@ pub(crate) fn evaluation_view(tower: &BackboneTower) -> (EvalTransform, Normaliz
     let preprocess = tower.backbone.preprocess();
     let view = View::new(tower.image_size, &preprocess);
     // The published crop belongs to the published size; at another size nothing is cut away.
-    let crop_pct = if view.size == preprocess.image_size { f64::from(preprocess.crop_pct) } else { 1.0 };
-    (EvalTransform { size: view.size, crop_pct }, view.normalize)
+    let crop_pct = if tower.image_size == preprocess.image_size { f64::from(preprocess.crop_pct) } else { 1.0 };
+    (EvalTransform { size: view.form.size, crop_pct, filter: view.form.filter }, view.normalize)
 }
 
 impl Model {
-    /// Opens a model; its text side only where `texts`.
+    /// Opens a model to be run on `compute`; its text side only where `texts`.
     ///
     /// # Errors
     /// A folder that is no run's or whose run has no student yet, weights that are not the model's, or texts asked of
     /// a model without a text tower.
-    pub fn open(source: &ModelSource, texts: bool) -> Result<Self, RunError> {
-        Self::read(source, texts).map_err(|error| match error {
+    pub fn open(source: &ModelSource, texts: bool, compute: &Compute) -> Result<Self, RunError> {
+        Self::read(source, texts, compute).map_err(|error| match error {
             // The file that the user named is not the one that is wanted.
-            RunError::Weights(error) => RunError::Usage(error.to_string()),
+            RunError::Weights(error) => RunError::of_input(error),
             other => other,
         })
     }
 
-    fn read(source: &ModelSource, texts: bool) -> Result<Self, RunError> {
+    fn read(source: &ModelSource, texts: bool, compute: &Compute) -> Result<Self, RunError> {
         match source {
-            ModelSource::Described(path) if path.is_dir() => of_run(path, texts),
+            ModelSource::Described(path) if path.is_dir() => of_run(path, texts, compute),
             ModelSource::Described(path) => {
                 let file = Checkpoint::open(path)?;
                 let noted = described(&file)?.ok_or_else(|| {
@@ -125,13 +127,14 @@ impl Model {
                         "{path} does not say whose weights it holds; give --backbone and --weights"
                     ))
                 })?;
-                of_weights(&file, noted.backbone, noted.image_size, texts.then_some((path.as_path(), "")))
+                let text = texts.then_some((path.as_path(), ""));
+                of_weights(&file, noted.backbone, noted.image_size, text, compute)
             }
             ModelSource::Weights(weights) => {
                 let (backbone, size) = named_backbone(&weights.backbone, &weights.params, weights.image_size)?;
                 let text = weights.text.as_ref().unwrap_or(&weights.file);
                 let text = texts.then_some((text.as_path(), weights.text_params.as_str()));
-                of_weights(&Checkpoint::open(&weights.file)?, backbone, size, text)
+                of_weights(&Checkpoint::open(&weights.file)?, backbone, size, text, compute)
             }
         }
     }
@@ -153,14 +156,13 @@ impl Model {
 }
 
 /// The student of a run.
-fn of_run(dir: &Path, texts: bool) -> Result<Model, RunError> {
+fn of_run(dir: &Path, texts: bool, compute: &Compute) -> Result<Model, RunError> {
     let spec = dir.join(SPEC);
     if !spec.is_file() {
         return Err(RunError::Usage(format!("{} is no run directory: it has no {SPEC}", dir.display())));
     }
     let text = fs::read_to_string(&spec).map_err(|e| RunError::read(&spec, e))?;
-    // A run writes paths as they are seen from the folder that it was started in.
-    let document = mcpipe_spec::load_text(Path::new(SPEC), &text, &[], &components()).map_err(RunError::Spec)?;
+    let document = mcpipe_spec::load_text(&spec, &text, &[], &components()).map_err(RunError::Spec)?;
     let mut found = Vec::new();
     let models = match Models::resolve(&document, &mut found) {
         Some(models) if found.is_empty() => models,
@@ -177,7 +179,7 @@ fn of_run(dir: &Path, texts: bool) -> Result<Model, RunError> {
     let student = &models.student;
     let weights = read_own(&file, &[image_graph(&student.image)?])?;
     let text = match texts {
-        true => Some(text_of_run(dir, &models, &document.spec, &weights.store)?),
+        true => Some(text_of_run(dir, &models, &document.spec, &weights.store, compute)?),
         false => None,
     };
     Ok(Model {
@@ -185,6 +187,7 @@ fn of_run(dir: &Path, texts: bool) -> Result<Model, RunError> {
         store: weights.store,
         text,
         logit_scale: weights.logit_scale.unwrap_or(document.spec.loss.logit_scale),
+        compute: compute.clone(),
     })
 }
 
@@ -194,6 +197,7 @@ fn text_of_run(
     models: &Models,
     spec: &mcpipe_spec::Spec,
     student: &ParamStore,
+    compute: &Compute,
 ) -> Result<TextSide, RunError> {
     let (tower, shared) = (&models.student.text_tower, models.student.text_head());
     let teacher = match models.student.text {
@@ -223,15 +227,14 @@ fn text_of_run(
                 }
                 false => {
                     return Err(RunError::Usage(format!(
-                        "the text tower's weights, {}, are not there; they are looked for from the folder that the run \
-                         was started in",
+                        "the text tower's weights, {}, are not there; the run's {SPEC} says where they are looked for",
                         file.display()
                     )));
                 }
             }
         }
     };
-    text_side(tower, store, shared, student)
+    text_side(tower, store, shared, student, compute)
 }
 
 fn text_side(
@@ -239,9 +242,10 @@ fn text_side(
     store: ParamStore,
     shared: Option<Arc<dyn Head>>,
     image: &ParamStore,
+    compute: &Compute,
 ) -> Result<TextSide, RunError> {
-    let encoder = CaptionEncoder::new(tower, tower.tokenize(), Arc::new(store), Kernels::Native)?;
-    let head = shared.map(|head| Encoder::embeddings(head.as_ref(), tower.dim, HEAD_BATCH, image, Kernels::Native));
+    let encoder = CaptionEncoder::new(tower, tower.tokenize(), Arc::new(store), compute)?;
+    let head = shared.map(|head| Encoder::embeddings(head.as_ref(), tower.dim, HEAD_BATCH, image, compute));
     Ok(TextSide { encoder, head: head.transpose()? })
 }
 
@@ -261,6 +265,7 @@ fn of_weights(
     backbone: Box<dyn Backbone>,
     image_size: usize,
     text: Option<(&Path, &str)>,
+    compute: &Compute,
 ) -> Result<Model, RunError> {
     let at = image_path(backbone.as_ref());
     let bare = NameMap::new().and_image(file, "");
@@ -294,11 +299,11 @@ fn of_weights(
             let tower = text_file::tower(&file, params)?;
             let store = read_weights(path, None, Some(&tower), false)?.store;
             scale = scale_of(&file)?.or(scale);
-            Some(text_side(&tower, store, None, &ParamStore::default())?)
+            Some(text_side(&tower, store, None, &ParamStore::default(), compute)?)
         }
         None => None,
     };
-    Ok(Model { image, store, text, logit_scale: scale.unwrap_or(CLIP_SCALE) })
+    Ok(Model { image, store, text, logit_scale: scale.unwrap_or(CLIP_SCALE), compute: compute.clone() })
 }
 
 fn scale_of(file: &Checkpoint) -> Result<Option<f64>, RunError> {

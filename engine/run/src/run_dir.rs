@@ -6,8 +6,10 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use mcpipe_spec::Spec;
 use serde_json::{Value, json};
 
+use crate::components::components;
 use crate::error::RunError;
 use crate::hash::code_version;
 use crate::pipeline::{Pipeline, Resolved};
@@ -18,7 +20,7 @@ use crate::settings::Settings;
 use crate::store::{link_or_copy, read_json, write_file, write_json};
 
 const LOCK: &str = "lock.json";
-/// The pipeline with every default written out.
+/// The pipeline with every default written out and absolute paths.
 pub const SPEC: &str = "spec.toml";
 const EVAL: &str = "eval.jsonl";
 
@@ -43,7 +45,7 @@ impl RunDir {
             Some(out) => take(out)?,
             None => next(spec.run.dir.as_deref().unwrap_or(Path::new("runs")), &spec.name)?,
         };
-        let resolved = resolved_toml(&pipeline.resolved)?;
+        let resolved = anywhere(&resolved_toml(&pipeline.resolved)?)?;
         write_file(&path.join(SPEC), resolved.as_bytes())?;
         let metrics_path = path.join(METRICS);
         let metrics = OpenOptions::new()
@@ -205,10 +207,18 @@ fn next(parent: &Path, name: &str) -> Result<PathBuf, RunError> {
 /// # Errors
 /// A path that is no UTF-8.
 pub fn resolved_toml(resolved: &Resolved) -> Result<String, RunError> {
-    resolved
-        .spec()
-        .to_toml()
-        .map_err(|e| RunError::Usage(format!("the resolved pipeline can't be written as TOML: {e}")))
+    spec_toml(resolved.spec())
+}
+
+/// The resolved pipeline with absolute paths, so that the file means the same wherever it lies and is read from.
+fn anywhere(resolved: &str) -> Result<String, RunError> {
+    let here = std::env::current_dir().map_err(|e| RunError::read(Path::new("."), e))?;
+    let document = mcpipe_spec::load_text(&here.join(SPEC), resolved, &[], &components()).map_err(RunError::Spec)?;
+    spec_toml(&document.spec)
+}
+
+fn spec_toml(spec: &Spec) -> Result<String, RunError> {
+    spec.to_toml().map_err(|e| RunError::Usage(format!("the resolved pipeline can't be written as TOML: {e}")))
 }
 
 fn lock(pipeline: &Pipeline, settings: &Settings, resolved: &str) -> Result<Value, RunError> {
@@ -235,6 +245,7 @@ fn lock(pipeline: &Pipeline, settings: &Settings, resolved: &str) -> Result<Valu
         "student_seed": pipeline.resolved.student_seed(),
         "threads": settings.threads,
         "kernels": settings.kernels_id(),
+        "device": settings.device.to_string(),
         "machine": machine(),
         "stages": stages,
     }))

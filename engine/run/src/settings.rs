@@ -4,10 +4,12 @@ use std::num::NonZero;
 use std::path::PathBuf;
 
 use mcpipe_graph::Kernels;
+use mcpipe_train::{Compute, DeviceChoice};
 
 use crate::error::RunError;
 
-/// How a run uses the machine and where it keeps results; none of it comes from the pipeline file but `threads`.
+/// How a run uses the machine and where it keeps results; none of it comes from the pipeline file but `threads` and
+/// `device`.
 #[derive(Clone, Debug)]
 pub struct Settings {
     /// Folder of the store.
@@ -21,11 +23,23 @@ pub struct Settings {
     pub threads: usize,
     /// Which kernels run the graphs.
     pub kernels: Kernels,
+    /// What trainings and evaluations run on; `auto` is resolved by [`choose_device`](Self::choose_device).
+    pub device: DeviceChoice,
+    /// Why that is the CPU, where a GPU would have been taken.
+    pub device_note: Option<String>,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { store: default_store(), fresh: false, jobs: 1, threads: all_threads(), kernels: Kernels::Native }
+        Self {
+            store: default_store(),
+            fresh: false,
+            jobs: 1,
+            threads: all_threads(),
+            kernels: Kernels::Native,
+            device: DeviceChoice::Cpu,
+            device_note: None,
+        }
     }
 }
 
@@ -56,11 +70,62 @@ impl Settings {
         }
     }
 
-    /// The word for the kernels in hashes and lock files.
-    pub fn kernels_id(&self) -> &'static str {
-        match self.kernels {
-            Kernels::Native => "native",
-            Kernels::Reference => "reference",
+    /// Settles the device: for `auto`, the first GPU where it can be used, else the CPU, with the reason noted.
+    pub fn choose_device(&mut self, choice: DeviceChoice) {
+        (self.device, self.device_note) = (choice, None);
+        if choice != DeviceChoice::Auto {
+            return;
+        }
+        self.device = DeviceChoice::Cpu;
+        if self.kernels != Kernels::Native {
+            return;
+        }
+        match mcpipe_cuda::doctor::usable(0) {
+            Ok(_) => self.device = DeviceChoice::Cuda(0),
+            Err(e) => self.device_note = Some(e.to_string()),
         }
     }
+
+    /// Refuses a GPU that was asked for by name and can't be used, before anything starts.
+    ///
+    /// # Errors
+    /// What is missing.
+    pub fn check_device(&self) -> Result<(), RunError> {
+        let DeviceChoice::Cuda(index) = self.device else { return Ok(()) };
+        let refuse = |reason: String| RunError::Usage(format!("the device `{}` can't be used: {reason}", self.device));
+        if self.kernels != Kernels::Native {
+            return Err(refuse("`--kernels reference` is for the CPU".into()));
+        }
+        mcpipe_cuda::doctor::usable(index).map(drop).map_err(|e| refuse(e.to_string()))
+    }
+
+    /// Whether it is a GPU.
+    pub fn on_gpu(&self) -> bool {
+        !matches!(self.device, DeviceChoice::Auto | DeviceChoice::Cpu)
+    }
+
+    /// What runs graphs, for the calling thread.
+    ///
+    /// # Errors
+    /// A GPU that can't be used.
+    pub fn compute(&self) -> Result<Compute, RunError> {
+        open(self.device, self.kernels)
+    }
+
+    /// The word for the kernels in hashes and lock files.
+    pub fn kernels_id(&self) -> &'static str {
+        match (self.device, self.kernels) {
+            (DeviceChoice::Auto | DeviceChoice::Cpu, Kernels::Native) => "native",
+            (DeviceChoice::Auto | DeviceChoice::Cpu, Kernels::Reference) => "reference",
+            _ => "cuda",
+        }
+    }
+}
+
+/// What `device` names, for the calling thread.
+///
+/// # Errors
+/// A GPU that can't be used.
+pub fn open(device: DeviceChoice, kernels: Kernels) -> Result<Compute, RunError> {
+    Ok(Compute::open(device, kernels).map_err(mcpipe_train::TrainError::from)?.0)
 }

@@ -7,8 +7,8 @@ use mcpipe_graph::{ParamStore, StepGraph};
 use mcpipe_spec::{LossKind, Teacher as TeacherSpec, TeacherKind};
 use mcpipe_train::distill::Problem;
 use mcpipe_train::{
-    AverageSetup, BackboneTower, CaptionEncoder, Contrast, EncoderTower, FrozenImage, LrConfig, ModelText, Objective,
-    Teacher, TeacherModel, TrainSetup, TrainedModel, optimizer,
+    AverageSetup, BackboneTower, CaptionEncoder, Compute, Contrast, EncoderTower, FrozenImage, LrConfig, ModelText,
+    Objective, Teacher, TeacherModel, TrainSetup, TrainedModel, optimizer,
 };
 
 use crate::assemble::{View, Views, WEIGHTS, declared, image_graph, read_own, read_weights, text_graph};
@@ -101,6 +101,14 @@ fn weights(frozen: Frozen<'_>, stage: &StageId, graphs: &[StepGraph]) -> Result<
     }
 }
 
+/// What a setup's graphs run on; where nothing will run, no device is looked for.
+fn compute(frozen: Frozen<'_>, settings: &Settings) -> Result<Compute, RunError> {
+    match frozen {
+        Frozen::ShapesOnly => Ok(Compute::Cpu(settings.kernels)),
+        Frozen::Results(_) => settings.compute(),
+    }
+}
+
 /// The text encoders of a setup, each made once.
 #[derive(Default)]
 struct Texts {
@@ -114,12 +122,12 @@ impl Texts {
         owner: Option<usize>,
         tower: &EncoderTower,
         store: impl FnOnce() -> Result<ParamStore, RunError>,
-        settings: &Settings,
+        compute: &Compute,
     ) -> Result<usize, RunError> {
         if let Some(at) = self.owners.iter().position(|held| *held == owner) {
             return Ok(at);
         }
-        self.encoders.push(CaptionEncoder::new(tower, tower.tokenize(), Arc::new(store()?), settings.kernels)?);
+        self.encoders.push(CaptionEncoder::new(tower, tower.tokenize(), Arc::new(store()?), compute)?);
         self.owners.push(owner);
         Ok(self.owners.len() - 1)
     }
@@ -135,7 +143,7 @@ impl Texts {
         let (owner, tower) = resolved.models.text_of(at).ok_or_else(lost)?;
         let stage = teacher_stage(resolved, owner).ok_or_else(lost)?;
         let store = || Ok(weights(frozen, &stage, &[text_graph(tower)?])?.0);
-        self.position(Some(owner), tower, store, settings)
+        self.position(Some(owner), tower, store, &compute(frozen, settings)?)
     }
 }
 
@@ -162,7 +170,7 @@ fn student_text_at(
                 Frozen::ShapesOnly => Ok(declared(&[text_graph(tower)?])),
                 Frozen::Results(_) => Ok(read_weights(file, None, Some(tower), false)?.store),
             };
-            texts.position(None, tower, store, settings)
+            texts.position(None, tower, store, &compute(frozen, settings)?)
         }
     }
 }
@@ -232,7 +240,7 @@ pub fn student(
         schedule: LrConfig::from_spec(&spec.schedule).map_err(|p| refused("schedule", &p))?,
         training: spec.training.clone(),
         seed: resolved.student_seed(),
-        kernels: settings.kernels,
+        compute: compute(frozen, settings)?,
         identity,
     };
     Ok(Setup { train, views, start })
@@ -326,7 +334,7 @@ pub fn trained_teacher(
         schedule: LrConfig::from_spec(spec.schedule_of(teacher)).map_err(|p| refused("schedule", &p))?,
         training: teacher.training.clone(),
         seed: spec.seed,
-        kernels: settings.kernels,
+        compute: compute(frozen, settings)?,
         identity,
     };
     Ok(Setup { train, views, start: None })

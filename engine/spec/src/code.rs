@@ -62,6 +62,7 @@ codes! {
     WrongLength "wrong-length" Error "An array or a string is too short or too long."
     UnknownComponent "unknown-component" Error "No component of this name is registered."
     UnknownValue "unknown-value" Error "The value is none of those that the key takes."
+    UnknownDevice "unknown-device" Error "There is no such kind of device."
     BadName "bad-name" Error "A name holds characters that a file name cannot safely hold."
     Duplicate "duplicate" Error "Two things that must differ have the same name or value."
     UnknownTeacher "unknown-teacher" Error "No teacher has this name."

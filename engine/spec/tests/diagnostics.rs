@@ -238,6 +238,11 @@ fn bad_name() {
 }
 
 #[test]
+fn unknown_device() {
+    assert_snapshot!(rendered(&[("[student]", "[run]\ndevice = \"gpu:0\"\n[student]")], &[Code::UnknownDevice]));
+}
+
+#[test]
 fn duplicate() {
     let twin = "kind = \"zero_shot\"\nname = \"photos\"\n";
     assert_snapshot!(rendered(

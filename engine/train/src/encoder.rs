@@ -6,10 +6,12 @@ use std::fmt;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use mcpipe_graph::{Cpu, Executor, Feed, GraphBuilder, Kernels, Mode, ParamStore, StepGraph};
+use mcpipe_graph::{Feed, GraphBuilder, ParamStore, StepGraph};
 use mcpipe_models::{LastToken, ModelError};
 
+use crate::compute::Compute;
 use crate::error::TrainError;
+use crate::forward::Forward;
 use crate::tower::{Head, ImageTower, TextTower};
 
 /// Turns a caption into exactly the text tower's context length of token ids.
@@ -52,7 +54,7 @@ struct Outputs {
 /// A tower in evaluation mode, run in batches of a fixed size; short batches are filled up with zeros. It holds no
 /// weights: each call names the store, so that one encoder serves the trained and the averaged weights.
 pub struct Encoder {
-    executor: Executor<Cpu>,
+    executor: Forward,
     input: Input,
     batch: usize,
     dim: usize,
@@ -111,10 +113,10 @@ impl Encoder {
         input: Input,
         batch: usize,
         store: &ParamStore,
-        kernels: Kernels,
+        compute: &Compute,
     ) -> Result<Self, TrainError> {
         let (graph, dim) = built;
-        let executor = Executor::new(Arc::new(graph), store, Mode::Forward, Cpu::new(kernels))?;
+        let executor = Forward::new(graph, store, compute)?;
         Ok(Encoder { executor, input, batch, dim, taps: Vec::new() })
     }
 
@@ -126,9 +128,9 @@ impl Encoder {
         tower: &dyn ImageTower,
         batch: usize,
         store: &ParamStore,
-        kernels: Kernels,
+        compute: &Compute,
     ) -> Result<Self, TrainError> {
-        Self::tapped(tower, &[], batch, store, kernels)
+        Self::tapped(tower, &[], batch, store, compute)
     }
 
     /// As [`images`](Self::images), for [`encode_images_and_taps`](Self::encode_images_and_taps).
@@ -140,11 +142,11 @@ impl Encoder {
         taps: &[String],
         batch: usize,
         store: &ParamStore,
-        kernels: Kernels,
+        compute: &Compute,
     ) -> Result<Self, TrainError> {
         let side = tower.image_size();
         let input = Input::Images { values: side * side * 3 };
-        let encoder = Self::new(Self::image_graph(tower, taps, batch)?, input, batch, store, kernels)?;
+        let encoder = Self::new(Self::image_graph(tower, taps, batch)?, input, batch, store, compute)?;
         Ok(Encoder { taps: taps.to_vec(), ..encoder })
     }
 
@@ -157,11 +159,11 @@ impl Encoder {
         tokenize: Tokenize,
         batch: usize,
         store: &ParamStore,
-        kernels: Kernels,
+        compute: &Compute,
     ) -> Result<Self, TrainError> {
         let (context_length, last) = (tower.context_length(), tower.last_token());
         let input = Input::Captions { tokenize, context_length, last };
-        Self::new(Self::text_graph(tower, batch)?, input, batch, store, kernels)
+        Self::new(Self::text_graph(tower, batch)?, input, batch, store, compute)
     }
 
     /// A projection over embeddings of `dim` (the frozen text encoder's).
@@ -173,13 +175,13 @@ impl Encoder {
         dim: usize,
         batch: usize,
         store: &ParamStore,
-        kernels: Kernels,
+        compute: &Compute,
     ) -> Result<Self, TrainError> {
         let built = Self::graph(batch, |g| {
             let x_bd = g.input("embeddings", &[batch, dim]);
             head.build(g, &x_bd)
         })?;
-        Self::new(built, Input::Embeddings { dim }, batch, store, kernels)
+        Self::new(built, Input::Embeddings { dim }, batch, store, compute)
     }
 
     /// Parameters that an image tower declares, initialised from `seed`, beside those that `store` holds.
@@ -210,7 +212,7 @@ impl Encoder {
 
     /// Bytes of its activations.
     pub fn bytes(&self) -> usize {
-        self.executor.plan().bytes()
+        self.executor.bytes()
     }
 
     /// Room for what `n` samples give.
@@ -225,12 +227,10 @@ impl Encoder {
         n: usize,
         out: &mut Outputs,
     ) -> Result<(), TrainError> {
-        self.executor.forward(store, feeds)?;
-        let embedding = self.executor.graph().output(EMBEDDING)?.clone();
-        out.embedding.extend_from_slice(&self.executor.value(&embedding)[..n * self.dim]);
+        self.executor.run(store, feeds)?;
+        out.embedding.extend_from_slice(&self.executor.output(EMBEDDING)?[..n * self.dim]);
         for (tap, kept) in self.taps.iter().zip(&mut out.taps) {
-            let tap = self.executor.graph().output(&tap_output(tap))?.clone();
-            let values = self.executor.value(&tap);
+            let values = self.executor.output(&tap_output(tap))?;
             kept.extend_from_slice(&values[..values.len() / self.batch * n]);
         }
         Ok(())
@@ -377,9 +377,9 @@ impl CaptionEncoder {
         tower: &dyn TextTower,
         tokenize: Tokenize,
         store: Arc<ParamStore>,
-        kernels: Kernels,
+        compute: &Compute,
     ) -> Result<Self, TrainError> {
-        let encoder = Encoder::captions(tower, tokenize, CAPTION_BATCH, &store, kernels)?;
+        let encoder = Encoder::captions(tower, tokenize, CAPTION_BATCH, &store, compute)?;
         let dim = encoder.dim();
         let generation = (CACHE_BYTES / 2 / (dim.max(1) * size_of::<f32>())).max(2 * CAPTION_BATCH);
         let cache = Cache { generation, ..Cache::default() };

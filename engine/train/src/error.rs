@@ -3,6 +3,7 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+use mcpipe_cuda::CudaError;
 use mcpipe_graph::{ExecError, GraphError};
 use mcpipe_models::{ModelError, WeightsError};
 
@@ -46,6 +47,17 @@ pub enum TrainError {
     /// A step that could not run.
     #[error(transparent)]
     Exec(#[from] ExecError),
+    /// A device that can't be used or fails.
+    #[error(transparent)]
+    Device(#[from] CudaError),
+    /// A device's memory does not suffice.
+    #[error("{what}; {advice}")]
+    OutOfMemory {
+        /// What was asked for, where, and what there was.
+        what: String,
+        /// What would fit.
+        advice: String,
+    },
     /// The data source failed.
     #[error("reading the training data failed at step {step}: {source}")]
     Data {

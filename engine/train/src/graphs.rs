@@ -13,6 +13,8 @@ pub(crate) const IMAGES: &str = "images";
 pub(crate) const IDS: &str = "ids";
 pub(crate) const EOT: &str = "eot";
 pub(crate) const FEATURES: &str = "text.features";
+/// A teacher's embeddings times its logit scale.
+pub(crate) const SCALED: &str = "scaled";
 pub(crate) const IMAGE: &str = "image";
 pub(crate) const TEXT: &str = "text";
 pub(crate) const IMAGE_TO_TEXT: &str = "targets.image_to_text";
@@ -188,7 +190,10 @@ fn teachers(setup: &TrainSetup, part: usize, targets: &[Target]) -> Result<Vec<T
                 let names = unique(own.iter().map(|o| o.teacher_tap.name.as_str()));
                 let encoded = tower.build(&mut g, &x_bhwc, &names)?;
                 if embeddings {
-                    g.output(IMAGE, &encoded.embedding_bd);
+                    let image_bd = g.l2_normalize(&encoded.embedding_bd);
+                    g.output(IMAGE, &image_bd);
+                    let scaled_bd = scaled(&mut g, &teacher.model, &image_bd)?;
+                    g.output(SCALED, &scaled_bd);
                 }
                 for target in own {
                     let tap = encoded.taps.iter().find(|(n, _)| *n == target.teacher_tap.name);
@@ -202,6 +207,7 @@ fn teachers(setup: &TrainSetup, part: usize, targets: &[Target]) -> Result<Vec<T
                 if let (TeacherModel::Average { .. }, true) = (&teacher.model, embeddings)
                     && let Some(text_bd) = model_text(setup, &mut g, part)?
                 {
+                    let text_bd = g.l2_normalize(&text_bd);
                     g.output(TEXT, &text_bd);
                 }
                 Some(g.finish())
@@ -211,6 +217,23 @@ fn teachers(setup: &TrainSetup, part: usize, targets: &[Target]) -> Result<Vec<T
         list.push(TeacherGraph { teacher: t, embeddings, graph });
     }
     Ok(list)
+}
+
+/// A teacher's normalised embeddings times its logit scale.
+fn scaled(g: &mut GraphBuilder, model: &TeacherModel, x_bd: &Tensor) -> Result<Tensor, ModelError> {
+    match model {
+        TeacherModel::Frozen { logit_scale, .. } | TeacherModel::Average { logit_scale: Some(logit_scale), .. } => {
+            Ok(g.scale(x_bd, *logit_scale as f32))
+        }
+        TeacherModel::Average { logit_scale: None, .. } => {
+            // The logarithm is held below its bound wherever a step leaves it.
+            let log_scale = g.param(&Path::new(LOGIT_SCALE), &[], Init::Constant(0.0))?;
+            let scale = g.exp(&log_scale);
+            let flat = g.reshape(x_bd, &[x_bd.numel(), 1])?;
+            let scaled = g.scale_channels(&flat, &scale)?;
+            Ok(g.reshape(&scaled, x_bd.shape())?)
+        }
+    }
 }
 
 /// The text side of the model that is trained, where it runs with the image tower.

@@ -17,12 +17,16 @@
 
 mod batch;
 mod checkpoint;
+mod compute;
 mod diagnose;
 pub mod distill;
 mod ema;
 mod encoder;
 mod error;
+mod forward;
 mod graphs;
+mod inputs;
+mod machine;
 mod observer;
 mod optim;
 mod plan;
@@ -39,6 +43,7 @@ mod tests;
 
 pub use batch::{Batch, BatchSource, Mix, SoftTargets, SparseTargets};
 pub use checkpoint::{CHECKPOINT_FORMAT, Checkpoint, CheckpointState, Checkpoints, Counters};
+pub use compute::{Compute, DeviceChoice};
 pub use ema::Average;
 pub use encoder::{CaptionEncoder, Encoder, Tokenize};
 pub use error::{BoxError, Origin, TrainError};

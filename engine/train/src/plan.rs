@@ -1,5 +1,6 @@
 //! What a training step needs, known before anything runs.
 
+use mcpipe_cuda::DeviceLayout;
 use mcpipe_graph::backend::Plain;
 use mcpipe_graph::{MemoryPlan, Mode, ParamKind, StepGraph};
 use serde::Serialize;
@@ -50,16 +51,21 @@ fn weights(graph: &StepGraph) -> (usize, usize) {
 }
 
 impl StepPlan {
-    /// The plan of a setup.
+    /// The plan of a setup on the CPU or on a GPU; needs neither.
     ///
     /// # Errors
     /// Parts that don't fit together.
-    pub fn new(setup: &TrainSetup) -> Result<Self, TrainError> {
+    pub fn new(setup: &TrainSetup, gpu: bool) -> Result<Self, TrainError> {
+        let precision = crate::machine::precision(setup.training.precision);
+        let bytes = |graph: &StepGraph, mode| match gpu {
+            true => MemoryPlan::new(graph, mode, &DeviceLayout { precision }).bytes(),
+            false => MemoryPlan::new(graph, mode, &Plain).bytes(),
+        };
         let graphs = Graphs::new(setup)?;
         let accumulate = setup.training.accumulate as u64;
         let part = |name: &str, graph: &StepGraph, mode: Mode, runs: u64| {
             let (parameters, weight_bytes) = weights(graph);
-            let activation_bytes = MemoryPlan::new(graph, mode, &Plain).bytes();
+            let activation_bytes = bytes(graph, mode);
             Part {
                 name: name.to_owned(),
                 activation_bytes,

@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
-use mcpipe_graph::{Kernels, ParamStore};
+use mcpipe_graph::ParamStore;
 use mcpipe_spec::{Training, WeightSchedule};
 
+use crate::compute::Compute;
 use crate::distill::Level;
 use crate::encoder::{CaptionEncoder, Tokenize};
 use crate::optim::OptimizerConfig;
@@ -187,8 +188,8 @@ pub struct TrainSetup {
     pub training: Training,
     /// Seed of initial weights.
     pub seed: u64,
-    /// Which CPU kernels run.
-    pub kernels: Kernels,
+    /// What runs the steps.
+    pub compute: Compute,
     /// Hash of everything that a resumed training must share with the one that wrote a checkpoint.
     pub identity: String,
 }

@@ -1,59 +1,74 @@
-//! One training step: values and gradients of the objective over a batch.
+//! One training step: values and gradients of the objective over a batch, on any backend.
+//!
+//! [`Step::prepare`] is the host's part: it checks the batch, makes tokens, masks and targets and copies them to the
+//! backend. [`Step::compute`] is the backend's part: teachers, forwards, losses and backwards, with nothing from or to the
+//! host in between, so that a device may record it once and replay it. [`Step::values`] reads what came out.
 
 use std::rc::Rc;
 use std::sync::Arc;
 
+use mcpipe_graph::backend::BackendError;
 use mcpipe_graph::{
-    Cpu, ExecError, Executor, Feed, Grads, Mode, Node, Op, ParamSpec, ParamStore, Precision, Source, StepGraph, Tensor,
+    Backend, Dtype, ExecError, Executor, Grads, Mode, Node, Op, ParamSpec, ParamStore, Part, Source, StepGraph,
 };
 
 use crate::batch::{Batch, SoftTargets};
 use crate::distill::{Fed, Pairing, teacher_input};
-use crate::ema::Average;
 use crate::encoder::tokens;
 use crate::error::TrainError;
 use crate::graphs::{
-    EOT, FEATURES, Graphs, IDS, IMAGE, IMAGE_TO_TEXT, IMAGES, PAIRS, TEXT, TEXT_TO_IMAGE, TeacherGraph, loss_name,
-    term_names,
+    Graphs, IMAGE, IMAGE_TO_TEXT, PAIRS, SCALED, TEXT, TEXT_TO_IMAGE, TeacherGraph, loss_name, term_names,
 };
+use crate::inputs::{Host, Inputs, Tower};
 use crate::setup::{Contrast, LOGIT_SCALE, MAX_LOGIT_SCALE, ModelText, TeacherModel, TrainSetup};
 use crate::stochastic::drop_masks;
 
 /// Is shown each node and its value right after it ran.
 type Watch<'a> = dyn FnMut(&Node, &dyn Fn() -> Vec<f32>) + 'a;
 
-/// One teacher's tower, running.
+/// Takes no notice.
+fn unwatched(_: &Node, _: &dyn Fn() -> Vec<f32>) {}
+
+/// Elements that each scalar has to itself: kernels take addresses at multiples of 16 bytes.
+const CELL: usize = 4;
+
+/// One teacher, running.
 #[derive(Debug)]
-pub(crate) struct TeacherRun {
+pub(crate) struct TeacherRun<B: Backend> {
     pub plan: TeacherGraph,
-    executor: Option<Executor<Cpu>>,
-    /// Embeddings of the whole batch, normalised.
-    pub image: Vec<f32>,
-    pub text: Vec<f32>,
-    /// Image embeddings (text where there is no image tower) times the logit scale.
-    scaled: Vec<f32>,
+    pub tower: Option<Tower<B>>,
+}
+
+/// Parameters and their gradients in a backend's memory.
+#[derive(Debug)]
+pub(crate) struct Weights<'a, B: Backend> {
+    /// Those of the model that is trained.
+    pub store: &'a mut ParamStore<B::Buffer>,
+    /// Their gradients.
+    pub grads: &'a mut Grads<B::Buffer>,
+    /// Each teacher's image tower, by position in the setup; none where nothing of it runs.
+    pub teachers: Vec<Option<&'a ParamStore<B::Buffer>>>,
 }
 
 /// Runs the steps of one training.
 #[derive(Debug)]
-pub(crate) struct Step {
+pub(crate) struct Step<B: Backend> {
     pub(crate) setup: Rc<TrainSetup>,
     pub(crate) graphs: Graphs,
     names: Vec<String>,
-    tower: Executor<Cpu>,
-    first: Option<Executor<Cpu>>,
-    loss: Executor<Cpu>,
-    pub(crate) teachers: Vec<TeacherRun>,
-    /// Targets of each part, in the order of `graphs.targets`.
-    targets: Vec<Vec<Vec<f32>>>,
-    image: Vec<f32>,
-    text: Vec<f32>,
+    backend: B,
+    inputs: Inputs<B>,
+    tower: Tower<B>,
+    first: Option<Tower<B>>,
+    loss: Executor<B>,
+    pub(crate) teachers: Vec<TeacherRun<B>>,
     pub(crate) features: Vec<f32>,
-    ids: Vec<i32>,
-    eot: Vec<i32>,
-    /// The step's masks of the whole batch, one for each stochastic input of the tower graph.
-    masks: Vec<Vec<f32>>,
-    pub(crate) grads: Grads,
+    /// One cell for each of the graphs' losses ([`Step::cell`]), and one for the logit scale.
+    cells: B::Buffer,
+    /// Each loss's weight, cell by cell.
+    seeds: B::Buffer,
+    /// The sum of the losses that have a weight.
+    sum: B::Buffer,
 }
 
 /// Where a pass over the batch ended.
@@ -65,80 +80,86 @@ pub(crate) struct Values {
     pub total: f64,
     /// Whether every weighted loss is finite.
     pub finite: bool,
-}
-
-impl Values {
-    /// Sums the terms that have a weight.
-    fn weigh(&mut self, weights: &[f64]) {
-        let used = self.terms.iter().zip(weights).filter(|(_, w)| **w != 0.0);
-        self.total = used.map(|(v, w)| v * w).sum();
-        self.finite = self.total.is_finite();
-    }
+    /// exp(logit scale) after the step, where it was [kept](Step::keep_logit_scale).
+    pub logit_scale: f64,
 }
 
 /// Rows scaled to unit length (zero rows stay zero).
-fn normalized(x: &[f32], dim: usize, out: &mut Vec<f32>) {
-    out.clear();
-    for row in x.chunks_exact(dim.max(1)) {
+fn normalized(x: &[f32], rows: usize) -> Vec<f32> {
+    let mut out = Vec::with_capacity(x.len());
+    for row in x.chunks_exact((x.len() / rows.max(1)).max(1)) {
         let norm = row.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt();
         let scale = if norm == 0.0 { 0.0 } else { 1.0 / norm };
         out.extend(row.iter().map(|v| (f64::from(*v) * scale) as f32));
     }
+    out
 }
 
-impl Step {
-    /// Builds the graphs, completes `store` and allocates everything.
-    pub(crate) fn new(setup: Rc<TrainSetup>, store: &mut ParamStore) -> Result<Self, TrainError> {
-        let graphs = Graphs::new(&setup)?;
-        for graph in graphs.trained() {
-            store.init(graph, setup.seed)?;
-        }
-        let precision = match setup.training.precision {
-            mcpipe_spec::Precision::F32 => Precision::F32,
-            mcpipe_spec::Precision::Bf16 => Precision::Bf16,
+impl<B: Backend> Step<B> {
+    /// Makes the executors of `graphs`: the student's parameters are found in `store`, each teacher's in `teachers` (by
+    /// position in the setup). `towers` makes backends for towers, `losses` for the losses, which are always f32.
+    pub(crate) fn new(
+        setup: Rc<TrainSetup>,
+        graphs: Graphs,
+        store: &ParamStore<B::Buffer>,
+        teachers: &[Option<&ParamStore<B::Buffer>>],
+        towers: impl Fn() -> B,
+        losses: impl Fn() -> B,
+    ) -> Result<Self, TrainError> {
+        let executor = |whose: &str, graph: &StepGraph, store: &ParamStore<B::Buffer>, mode| {
+            Executor::new(Arc::new(graph.clone()), store, mode, towers()).map_err(|e| match e {
+                // Memory that was refused.
+                ExecError::Backend(e) => {
+                    ExecError::Backend(BackendError { label: format!("the {whose}'s values"), ..e })
+                }
+                other => other,
+            })
         };
-        let backend = || Cpu::new(setup.kernels).with_precision(precision);
-        let tower = Executor::new(Arc::new(graphs.tower.clone()), store, Mode::Train, backend())?;
-        let first = graphs.first.clone().map(|g| Executor::new(Arc::new(g), store, Mode::Forward, backend()));
-        let loss = Executor::new(Arc::new(graphs.loss.clone()), store, Mode::Train, Cpu::new(setup.kernels))?;
-        let mut teachers = Vec::new();
+        let targets: Vec<&str> = graphs.targets.iter().map(|t| t.name.as_str()).collect();
+        let view = setup.model.view;
+        let mut tower = Tower::new(executor("student", &graphs.tower, store, Mode::Train)?, view, &targets);
+        let first = graphs.first.as_ref().map(|g| executor("student", g, store, Mode::Forward)).transpose()?;
+        let mut first = first.map(|e| Tower::new(e, view, &[]));
+        let loss = Executor::new(Arc::new(graphs.loss.clone()), store, Mode::Train, losses())?;
+        let mut runs = Vec::new();
         for plan in &graphs.teachers {
-            let weights: Option<&ParamStore> = match &setup.teachers[plan.teacher].model {
-                TeacherModel::Frozen { image, .. } => image.as_ref().map(|i| i.store.as_ref()),
-                TeacherModel::Average { .. } => Some(store),
+            let view = match &setup.teachers[plan.teacher].model {
+                TeacherModel::Frozen { image, .. } => image.as_ref().map_or(0, |i| i.view),
+                TeacherModel::Average { .. } => view,
             };
-            let executor = match (&plan.graph, weights) {
+            let tower = match (&plan.graph, teachers[plan.teacher]) {
                 (Some(graph), Some(weights)) => {
-                    Some(Executor::new(Arc::new(graph.clone()), weights, Mode::Forward, backend())?)
+                    let whose = format!("teacher {}", setup.teachers[plan.teacher].name);
+                    Some(Tower::new(executor(&whose, graph, weights, Mode::Forward)?, view, &[]))
                 }
                 _ => None,
             };
-            let (image, text, scaled) = (Vec::new(), Vec::new(), Vec::new());
-            teachers.push(TeacherRun { plan: plan.clone(), executor, image, text, scaled });
+            runs.push(TeacherRun { plan: plan.clone(), tower });
         }
-        let targets = vec![vec![Vec::new(); graphs.targets.len()]; setup.training.accumulate];
-        Ok(Step {
-            names: term_names(&setup),
-            tower,
-            first: first.transpose()?,
-            loss,
-            teachers,
-            targets,
-            image: Vec::new(),
-            text: Vec::new(),
-            features: Vec::new(),
-            ids: Vec::new(),
-            eot: Vec::new(),
-            masks: Vec::new(),
-            grads: Grads::zeros_like(store),
-            graphs,
-            setup,
-        })
+        let mut all: Vec<&mut Tower<B>> = vec![&mut tower];
+        all.extend(&mut first);
+        all.extend(runs.iter_mut().filter_map(|r| r.tower.as_mut()));
+        let parts = setup.training.accumulate;
+        let inputs = Inputs::new(losses(), parts, &mut all)?;
+        let mut backend = losses();
+        let cells = (graphs.whole.len() + graphs.local.len() * parts + 1) * CELL * size_of::<f32>();
+        let mut scalars =
+            backend.allocate(&[cells, cells, CELL * size_of::<f32>()]).map_err(ExecError::from)?.into_iter();
+        let mut scalar = || scalars.next().unwrap_or_default();
+        let (cells, seeds, sum) = (scalar(), scalar(), scalar());
+        let names = term_names(&setup);
+        let features = Vec::new();
+        let teachers = runs;
+        Ok(Step { setup, graphs, names, backend, inputs, tower, first, loss, teachers, features, cells, seeds, sum })
     }
 
     /// Names of the terms in slot order.
     pub(crate) fn names(&self) -> &[String] {
         &self.names
+    }
+
+    pub(crate) fn parts(&self) -> usize {
+        self.setup.training.accumulate
     }
 
     /// Refuses a batch with other sizes than the setup's.
@@ -169,299 +190,320 @@ impl Step {
         Ok(())
     }
 
-    /// One pass over the batch with the given weights of the terms (slot order). Batch norm's running statistics in
-    /// `store` move; gradients are left in [`grads`](Self::grads). Where a weighted loss is not finite the backward walk
-    /// is left out.
-    pub(crate) fn run(
-        &mut self,
-        store: &mut ParamStore,
-        averages: &[Average],
-        batch: &Batch,
-        step: u64,
-        weights: &[f64],
-    ) -> Result<Values, TrainError> {
+    /// Makes what a pass over the batch reads and copies it to the backend.
+    pub(crate) fn prepare(&mut self, batch: &Batch, step: u64, weights: &[f64]) -> Result<(), TrainError> {
         self.check(batch).map_err(|reason| TrainError::Batch { step, reason })?;
-        self.grads.zero();
-        self.masks = drop_masks(self.graphs.tower.stochastic(), self.parts(), self.setup.seed, step);
-        self.prepare_text(batch)?;
-        self.run_teachers(averages, batch)?;
-        self.first_forward(store, batch)?;
-        let mut values = Values { terms: vec![0.0; self.names.len()], total: 0.0, finite: true };
-        self.batch_losses(store, batch, &mut values)?;
-        if self.first.is_none() {
-            self.add_local(&mut values)?;
-        }
-        values.weigh(weights);
-        if !values.finite {
-            return Ok(values);
-        }
-        let [image, text] = self.batch_gradients(store, weights)?;
-        for part in 0..self.parts() {
-            if self.first.is_some() {
-                self.forward_part(store, batch, part, true)?;
-                self.add_local(&mut values)?;
-            }
-            self.tower.update_running_statistics(store);
-            self.backward_part(store, part, weights, [image.as_deref(), text.as_deref()])?;
-        }
-        values.weigh(weights);
-        Ok(values)
-    }
-
-    pub(crate) fn parts(&self) -> usize {
-        self.setup.training.accumulate
-    }
-
-    /// Token ids or the frozen encoder's features of the batch's captions.
-    pub(crate) fn prepare_text(&mut self, batch: &Batch) -> Result<(), TrainError> {
-        match &self.setup.model.text {
+        let setup = Rc::clone(&self.setup);
+        let (mut ids, mut eot) = (Vec::new(), Vec::new());
+        match &setup.model.text {
             ModelText::Trained { tower, tokenize } => {
                 let captions: Vec<&str> = batch.captions.iter().map(String::as_str).collect();
-                (self.ids, self.eot) = tokens(tokenize, tower.context_length(), tower.last_token(), &captions)?;
+                (ids, eot) = tokens(tokenize, tower.context_length(), tower.last_token(), &captions)?;
             }
-            ModelText::Frozen { encoder, .. } => self.features = self.setup.text(*encoder)?.embed(&batch.captions)?,
+            ModelText::Frozen { encoder, .. } => self.features = setup.text(*encoder)?.embed(&batch.captions)?,
         }
+        let masks = drop_masks(self.graphs.tower.stochastic(), self.parts(), setup.seed, step);
+        let host = Host { views: &batch.views, ids: &ids, eot: &eot, features: &self.features, masks: &masks };
+        let mut towers: Vec<&mut Tower<B>> = vec![&mut self.tower];
+        towers.extend(&mut self.first);
+        towers.extend(self.teachers.iter_mut().filter_map(|r| r.tower.as_mut()));
+        self.inputs.upload(host, &mut towers)?;
+        self.feed_losses(batch)?;
+        let mut seeds = vec![0.0; self.cells_in_all() * CELL];
+        for (i, &slot) in self.graphs.whole.iter().enumerate() {
+            seeds[i * CELL] = weights[slot] as f32;
+        }
+        for (i, &slot) in self.graphs.local.iter().enumerate() {
+            for part in 0..self.parts() {
+                seeds[self.cell(i, part) * CELL] = (weights[slot] / self.parts() as f64) as f32;
+            }
+        }
+        self.backend.upload(&seeds, Dtype::F32, &mut self.seeds);
         Ok(())
     }
 
-    pub(crate) fn run_teachers(&mut self, averages: &[Average], batch: &Batch) -> Result<(), TrainError> {
+    /// Copies to the loss graph what the host gives it: targets, and the embeddings of frozen text encoders.
+    fn feed_losses(&mut self, batch: &Batch) -> Result<(), TrainError> {
         let setup = Rc::clone(&self.setup);
-        let parts = self.parts();
-        let inputs = TowerInputs { ids: &self.ids, eot: &self.eot, features: &self.features, parts };
-        for run in &mut self.teachers {
-            let teacher = &setup.teachers[run.plan.teacher];
-            let lost = || TrainError::Setup(format!("no average is kept for the teacher `{}`", teacher.name));
-            let (view, weights, scale) = match &teacher.model {
-                TeacherModel::Frozen { image, logit_scale, .. } => {
-                    (image.as_ref().map_or(0, |i| i.view), image.as_ref().map(|i| i.store.as_ref()), *logit_scale)
-                }
-                TeacherModel::Average { logit_scale, .. } => {
-                    let average = averages.iter().find(|a| a.name == teacher.name).ok_or_else(lost)?;
-                    (setup.model.view, Some(&average.store), logit_scale.unwrap_or_else(|| scale_of(&average.store)))
-                }
-            };
-            let (mut image, mut text) = (Vec::new(), Vec::new());
-            if let (Some(executor), Some(weights)) = (&mut run.executor, weights) {
-                for part in 0..parts {
-                    executor.forward(weights, &inputs.feeds(&batch.views[view], part))?;
-                    for (name, to) in [(IMAGE, &mut image), (TEXT, &mut text)] {
-                        if let Ok(output) = executor.graph().output(name) {
-                            to.extend_from_slice(&executor.value(output));
-                        }
-                    }
-                    for (i, target) in self.graphs.targets.iter().enumerate() {
-                        if target.teacher == run.plan.teacher {
-                            let batch = setup.training.micro_batch();
-                            let pairing = Pairing { student: &target.student_tap, teacher: &target.teacher_tap, batch };
-                            let computed = executor.value(executor.graph().output(&target.name)?);
-                            let level = &setup.objective.terms[target.term].level;
-                            level.finish_target(&computed, pairing, &mut self.targets[part][i]);
-                        }
-                    }
-                }
-            }
-            if !run.plan.embeddings {
-                continue;
-            }
-            let frozen = match &teacher.model {
-                TeacherModel::Frozen { text, .. } => *text,
-                TeacherModel::Average { .. } => match &setup.model.text {
-                    ModelText::Frozen { encoder, projection: None } => Some(*encoder),
-                    _ => None,
-                },
-            };
-            if let Some(encoder) = frozen {
-                text = setup.text(encoder)?.embed(&batch.captions)?;
-            }
-            let b = batch.captions.len();
-            normalized(&image, image.len() / b, &mut run.image);
-            normalized(&text, text.len() / b, &mut run.text);
-            let first = if run.image.is_empty() { &run.text } else { &run.image };
-            run.scaled.clear();
-            run.scaled.extend(first.iter().map(|v| (f64::from(*v) * scale) as f32));
-        }
-        Ok(())
-    }
-
-    /// Runs the tower over one part of the batch, with the local losses if `local` says so.
-    fn forward_part(&mut self, store: &ParamStore, batch: &Batch, part: usize, local: bool) -> Result<(), TrainError> {
-        self.watch_part(store, batch, part, local, &mut |_, _| {})
-    }
-
-    pub(crate) fn watch_part(
-        &mut self,
-        store: &ParamStore,
-        batch: &Batch,
-        part: usize,
-        local: bool,
-        watch: &mut Watch<'_>,
-    ) -> Result<(), TrainError> {
-        let inputs = TowerInputs {
-            ids: &self.ids,
-            eot: &self.eot,
-            features: &self.features,
-            parts: self.setup.training.accumulate,
-        };
-        let mut feeds = inputs.feeds(&batch.views[self.setup.model.view], part);
-        for (target, values) in self.graphs.targets.iter().zip(&self.targets[part]) {
-            feeds.push((&target.name, Feed::F32(values)));
-        }
-        for (input, mask) in self.graphs.tower.stochastic().iter().zip(&self.masks) {
-            feeds.push((&input.name, Feed::F32(&mask[part * input.samples..][..input.samples])));
-        }
-        let executor = match &mut self.first {
-            Some(first) if !local => first,
-            _ => &mut self.tower,
-        };
-        Ok(executor.forward_watched(store, &feeds, watch)?)
-    }
-
-    /// Embeddings of the whole batch.
-    pub(crate) fn first_forward(&mut self, store: &ParamStore, batch: &Batch) -> Result<(), TrainError> {
-        self.image.clear();
-        self.text.clear();
-        for part in 0..self.parts() {
-            self.forward_part(store, batch, part, false)?;
-            let executor = self.first.as_ref().unwrap_or(&self.tower);
-            self.image.extend_from_slice(&executor.value(executor.graph().output(IMAGE)?));
-            if self.graphs.text_in_tower {
-                self.text.extend_from_slice(&executor.value(executor.graph().output(TEXT)?));
-            }
+        let targets = SoftTargets::new(&batch.captions, batch.mix.as_ref());
+        upload(&mut self.loss, IMAGE_TO_TEXT, &targets.image_to_text)?;
+        upload(&mut self.loss, TEXT_TO_IMAGE, &targets.text_to_image)?;
+        if matches!(setup.objective.contrast, Contrast::Sigmoid { .. }) {
+            upload(&mut self.loss, PAIRS, &targets.pairs)?;
         }
         if !self.graphs.text_in_tower {
-            self.text.extend_from_slice(&self.features);
+            upload(&mut self.loss, TEXT, &self.features)?;
         }
-        Ok(())
-    }
-
-    fn batch_losses(&mut self, store: &ParamStore, batch: &Batch, values: &mut Values) -> Result<(), TrainError> {
-        self.watch_losses(store, batch, &mut |_, _| {})?;
-        for &slot in &self.graphs.whole {
-            let output = self.loss.graph().output(&loss_name(&self.setup, slot))?;
-            values.terms[slot] = f64::from(self.loss.value(output)[0]);
-        }
-        Ok(())
-    }
-
-    pub(crate) fn watch_losses(
-        &mut self,
-        store: &ParamStore,
-        batch: &Batch,
-        watch: &mut Watch<'_>,
-    ) -> Result<(), TrainError> {
-        let targets = SoftTargets::new(&batch.captions, batch.mix.as_ref());
-        let mut named: Vec<(String, &[f32])> = vec![
-            (IMAGE.into(), &self.image),
-            (TEXT.into(), &self.text),
-            (IMAGE_TO_TEXT.into(), &targets.image_to_text),
-            (TEXT_TO_IMAGE.into(), &targets.text_to_image),
-        ];
-        if matches!(self.setup.objective.contrast, Contrast::Sigmoid { .. }) {
-            named.push((PAIRS.into(), &targets.pairs));
-        }
-        for run in &self.teachers {
-            let name = &self.setup.teachers[run.plan.teacher].name;
-            for (fed, values) in [(Fed::Image, &run.image), (Fed::Text, &run.text), (Fed::Scaled, &run.scaled)] {
-                named.push((teacher_input(name, fed), values));
+        for run in self.teachers.iter().filter(|r| r.plan.embeddings) {
+            let teacher = &setup.teachers[run.plan.teacher];
+            let (encoder, scale) = match &teacher.model {
+                TeacherModel::Frozen { image, text, logit_scale } => (*text, image.is_none().then_some(*logit_scale)),
+                TeacherModel::Average { .. } => match &setup.model.text {
+                    ModelText::Frozen { encoder, projection: None } => (Some(*encoder), None),
+                    _ => (None, None),
+                },
+            };
+            let Some(encoder) = encoder else { continue };
+            let text = normalized(&setup.text(encoder)?.embed(&batch.captions)?, batch.captions.len());
+            upload(&mut self.loss, &teacher_input(&teacher.name, Fed::Text), &text)?;
+            if let Some(scale) = scale {
+                let scaled: Vec<f32> = text.iter().map(|v| (f64::from(*v) * scale) as f32).collect();
+                upload(&mut self.loss, &teacher_input(&teacher.name, Fed::Scaled), &scaled)?;
             }
         }
-        let feeds: Vec<(&str, Feed<'_>)> = named.iter().map(|(n, v)| (n.as_str(), Feed::F32(v))).collect();
-        Ok(self.loss.forward_watched(store, &feeds, watch)?)
+        Ok(())
     }
 
-    /// Adds the tower graph's losses of the part that ran last.
-    fn add_local(&self, values: &mut Values) -> Result<(), TrainError> {
-        for &slot in &self.graphs.local {
-            let output = self.tower.graph().output(&loss_name(&self.setup, slot))?;
-            values.terms[slot] += f64::from(self.tower.value(output)[0]) / self.parts() as f64;
+    /// Whether [`compute`](Self::compute) passes through the host.
+    pub(crate) fn needs_host(&self) -> bool {
+        self.graphs.targets.iter().any(|t| {
+            let pair = Pairing { student: &t.student_tap, teacher: &t.teacher_tap, batch: 1 };
+            self.setup.objective.terms[t.term].level.finishes_target(pair)
+        })
+    }
+
+    /// Runs the prepared batch forward and backward with the given weights of the terms (slot order). Batch norm's
+    /// running statistics move; gradients are added to those of `weights`. Losses that are not finite don't stop it.
+    pub(crate) fn compute(&mut self, w: &mut Weights<'_, B>, weights: &[f64]) -> Result<(), TrainError> {
+        self.run_teachers(&w.teachers)?;
+        self.first_forward(w.store)?;
+        self.watch_losses(w.store, &mut unwatched)?;
+        self.loss.clear_seeds();
+        for (i, &slot) in self.graphs.whole.iter().enumerate().filter(|(_, s)| weights[**s] != 0.0) {
+            let output = self.loss.graph().output(&loss_name(&self.setup, slot))?.clone();
+            self.loss.seed(&output, seed(&self.seeds, i))?;
+        }
+        self.loss.walk_backward(w.store, w.grads)?;
+        for part in 0..self.parts() {
+            if self.first.is_some() {
+                self.tower.forward(&self.inputs, part, w.store, &mut unwatched)?;
+            }
+            self.keep_local(part)?;
+            self.tower.executor.update_running_statistics(w.store);
+            self.backward_part(w, part, weights)?;
         }
         Ok(())
     }
 
-    /// Gradients of the image and text embeddings of the whole batch; none where no weighted loss reaches them.
-    fn batch_gradients(&mut self, store: &ParamStore, weights: &[f64]) -> Result<[Option<Vec<f32>>; 2], TrainError> {
-        let outputs = self.seeds(&self.loss, &self.graphs.whole, weights, 1.0)?;
-        if outputs.is_empty() {
-            return Ok([None, None]);
+    /// The losses of the last pass.
+    pub(crate) fn values(&self, weights: &[f64]) -> Values {
+        let all = self.cells_in_all() * CELL;
+        let cells = self.backend.view(Part { buffer: &self.cells, dtype: Dtype::F32, start: 0, len: all });
+        let at = |cell: usize| f64::from(cells[cell * CELL]);
+        let mut terms = vec![0.0; self.names.len()];
+        for (i, &slot) in self.graphs.whole.iter().enumerate() {
+            terms[slot] = at(i);
         }
-        let seeds: Vec<(&Tensor, &[f32])> = outputs.iter().map(|(t, w)| (t, w.as_slice())).collect();
-        self.loss.backward(store, &seeds, &mut self.grads)?;
-        let gradient = |name: &str| -> Result<Option<Vec<f32>>, TrainError> {
-            let Some(input) = self.loss.graph().input(name) else { return Ok(None) };
-            match self.loss.grad(&input) {
-                Ok(values) => Ok(Some(values.into_owned())),
-                Err(ExecError::NoGradient(_)) => Ok(None),
-                Err(e) => Err(e.into()),
+        for (i, &slot) in self.graphs.local.iter().enumerate() {
+            for part in 0..self.parts() {
+                terms[slot] += at(self.cell(i, part)) / self.parts() as f64;
             }
-        };
-        let text = if self.graphs.text_in_tower { gradient(TEXT)? } else { None };
-        Ok([gradient(IMAGE)?, text])
+        }
+        let total: f64 = terms.iter().zip(weights).filter(|(_, w)| **w != 0.0).map(|(v, w)| v * w).sum();
+        let logit_scale = at(self.cells_in_all() - 1).exp().min(MAX_LOGIT_SCALE);
+        Values { terms, total, finite: total.is_finite(), logit_scale }
     }
 
-    /// Outputs of a graph's losses with their weights as seeds; losses of weight 0 are left out.
-    fn seeds(
-        &self,
-        executor: &Executor<Cpu>,
-        slots: &[usize],
-        weights: &[f64],
-        share: f64,
-    ) -> Result<Vec<(Tensor, Vec<f32>)>, TrainError> {
-        let used = slots.iter().filter(|&&slot| weights[slot] != 0.0);
-        let seed = |&slot: &usize| {
-            let output = executor.graph().output(&loss_name(&self.setup, slot))?.clone();
-            Ok((output, vec![(weights[slot] * share) as f32]))
-        };
-        used.map(seed).collect()
+    /// Keeps the logit scale that `store` holds for [`values`](Self::values).
+    pub(crate) fn keep_logit_scale(&mut self, store: &ParamStore<B::Buffer>) {
+        let at = (self.cells_in_all() - 1) * CELL;
+        if let Some(p) = store.get(LOGIT_SCALE) {
+            let from = Part { buffer: &p.data, dtype: Dtype::F32, start: 0, len: 1 };
+            self.backend.copy(from, &mut self.cells, Dtype::F32, at, false);
+        }
     }
 
-    fn backward_part(
-        &mut self,
-        store: &ParamStore,
-        part: usize,
-        weights: &[f64],
-        grads: [Option<&[f32]>; 2],
-    ) -> Result<(), TrainError> {
+    /// Adds up the losses that have a weight, for a device that judges by itself whether they are finite.
+    pub(crate) fn sum_losses(&mut self, weights: &[f64]) {
+        let whole = self.graphs.whole.iter().enumerate().map(|(i, slot)| (*slot, i));
         let parts = self.parts();
-        let local = self.seeds(&self.tower, &self.graphs.local, weights, 1.0 / parts as f64)?;
-        let mut embeddings: Vec<(Tensor, &[f32])> = Vec::new();
-        for (name, grad) in [IMAGE, TEXT].into_iter().zip(grads) {
-            if let Some(grad) = grad {
-                let len = grad.len() / parts;
-                embeddings.push((self.tower.graph().output(name)?.clone(), &grad[part * len..][..len]));
-            }
+        let local = self.graphs.local.iter().enumerate();
+        let local = local.flat_map(|(i, slot)| (0..parts).map(move |part| (*slot, i, part)));
+        let local = local.map(|(slot, i, part)| (slot, self.cell(i, part)));
+        let used: Vec<usize> = whole.chain(local).filter(|(slot, _)| weights[*slot] != 0.0).map(|(_, c)| c).collect();
+        for (i, cell) in used.into_iter().enumerate() {
+            let from = Part { buffer: &self.cells, dtype: Dtype::F32, start: cell * CELL, len: 1 };
+            self.backend.copy(from, &mut self.sum, Dtype::F32, 0, i > 0);
         }
-        let mut seeds: Vec<(&Tensor, &[f32])> = local.iter().map(|(t, w)| (t, w.as_slice())).collect();
-        seeds.extend(embeddings.iter().map(|(t, g)| (t, *g)));
-        if !seeds.is_empty() {
-            self.tower.backward(store, &seeds, &mut self.grads)?;
-        }
-        Ok(())
     }
 
-    /// Which parameters of `store` a gradient can reach.
-    pub(crate) fn trained(&self, store: &ParamStore) -> Vec<bool> {
-        let mut trained = vec![false; store.params().len()];
-        for (spec, node) in self.graphs.trained().into_iter().flat_map(param_nodes) {
-            if let Some(i) = store.index(&spec.name) {
-                trained[i] |= node.requires_grad;
-            }
-        }
-        trained
+    /// Where [`sum_losses`](Self::sum_losses) leaves the sum.
+    pub(crate) fn sum(&self) -> &B::Buffer {
+        &self.sum
     }
 
-    /// Which parameters of `store` are running statistics of batch norms.
-    pub(crate) fn running(&self, store: &ParamStore) -> Vec<bool> {
-        let mut running = vec![false; store.params().len()];
-        for (_, node) in self.graphs.tower.nodes() {
-            let Some(Op::BatchNorm { running: ids, .. }) = node.op() else { continue };
-            for id in ids {
-                if let Some(i) = store.index(&self.graphs.tower.params()[id.0].name) {
-                    running[i] = true;
+    /// Cells of losses, and the logit scale's.
+    fn cells_in_all(&self) -> usize {
+        self.graphs.whole.len() + self.graphs.local.len() * self.parts() + 1
+    }
+
+    /// The cell of the tower graph's loss `i` over a part.
+    fn cell(&self, i: usize, part: usize) -> usize {
+        self.graphs.whole.len() + i * self.parts() + part
+    }
+
+    /// Runs the teachers: embeddings go to the loss graph, targets to the tower.
+    pub(crate) fn run_teachers(&mut self, teachers: &[Option<&ParamStore<B::Buffer>>]) -> Result<(), TrainError> {
+        let setup = Rc::clone(&self.setup);
+        let micro = setup.training.micro_batch();
+        for run in &mut self.teachers {
+            let teacher = &setup.teachers[run.plan.teacher];
+            let Some(tower) = &mut run.tower else { continue };
+            let lost = || TrainError::Setup(format!("no weights are kept for the teacher `{}`", teacher.name));
+            let weights = teachers[run.plan.teacher].ok_or_else(lost)?;
+            for part in 0..setup.training.accumulate {
+                tower.forward(&self.inputs, part, weights, &mut unwatched)?;
+                for (name, fed) in [(IMAGE, Fed::Image), (TEXT, Fed::Text), (SCALED, Fed::Scaled)] {
+                    let output = tower.graph().output(name);
+                    let input = self.loss.graph().input(&teacher_input(&teacher.name, fed));
+                    if let (Ok(output), Some(input)) = (output, input) {
+                        self.loss.write(&input, tower.executor.part(output), part * output.numel());
+                    }
+                }
+                for (i, target) in self.graphs.targets.iter().enumerate().filter(|(_, t)| t.teacher == run.plan.teacher)
+                {
+                    let computed = tower.executor.part(tower.graph().output(&target.name)?);
+                    let pair = Pairing { student: &target.student_tap, teacher: &target.teacher_tap, batch: micro };
+                    let level = &setup.objective.terms[target.term].level;
+                    if !level.finishes_target(pair) {
+                        self.inputs.keep_target(i, part, computed, &mut self.tower);
+                        continue;
+                    }
+                    if let Some(values) = level.finish_target(&self.backend.view(computed), pair) {
+                        let bytes = size_of_val(values.as_slice());
+                        let mut all = self.backend.allocate(&[bytes]).map_err(ExecError::from)?;
+                        let mut buffer = all.pop().unwrap_or_default();
+                        self.backend.upload(&values, Dtype::F32, &mut buffer);
+                        let from = Part { buffer: &buffer, dtype: Dtype::F32, start: 0, len: values.len() };
+                        self.inputs.keep_target(i, part, from, &mut self.tower);
+                    }
                 }
             }
         }
-        running
+        Ok(())
     }
+
+    /// Runs the tower over one part of the batch, with the local losses.
+    pub(crate) fn watch_part(
+        &mut self,
+        store: &ParamStore<B::Buffer>,
+        part: usize,
+        watch: &mut Watch<'_>,
+    ) -> Result<(), TrainError> {
+        Ok(self.tower.forward(&self.inputs, part, store, watch)?)
+    }
+
+    /// Embeddings of the whole batch, into the loss graph.
+    pub(crate) fn first_forward(&mut self, store: &ParamStore<B::Buffer>) -> Result<(), TrainError> {
+        let tower = self.first.as_mut().unwrap_or(&mut self.tower);
+        for part in 0..self.setup.training.accumulate {
+            tower.forward(&self.inputs, part, store, &mut unwatched)?;
+            for name in [IMAGE, TEXT] {
+                let input = self.loss.graph().input(name);
+                if let (Ok(output), Some(input)) = (tower.graph().output(name), input) {
+                    self.loss.write(&input, tower.executor.part(output), part * output.numel());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Runs the losses over the whole batch and keeps them.
+    pub(crate) fn watch_losses(
+        &mut self,
+        store: &ParamStore<B::Buffer>,
+        watch: &mut Watch<'_>,
+    ) -> Result<(), TrainError> {
+        self.loss.walk(store, watch)?;
+        for (i, &slot) in self.graphs.whole.iter().enumerate() {
+            let output = self.loss.graph().output(&loss_name(&self.setup, slot))?;
+            self.backend.copy(self.loss.part(output), &mut self.cells, Dtype::F32, i * CELL, false);
+        }
+        Ok(())
+    }
+
+    /// Keeps the tower graph's losses of the part that ran last.
+    fn keep_local(&mut self, part: usize) -> Result<(), TrainError> {
+        for (i, &slot) in self.graphs.local.iter().enumerate() {
+            let at = self.cell(i, part) * CELL;
+            let output = self.tower.graph().output(&loss_name(&self.setup, slot))?;
+            self.backend.copy(self.tower.executor.part(output), &mut self.cells, Dtype::F32, at, false);
+        }
+        Ok(())
+    }
+
+    fn backward_part(&mut self, w: &mut Weights<'_, B>, part: usize, weights: &[f64]) -> Result<(), TrainError> {
+        let tower = &mut self.tower.executor;
+        tower.clear_seeds();
+        for (i, &slot) in self.graphs.local.iter().enumerate().filter(|(_, s)| weights[**s] != 0.0) {
+            let output = tower.graph().output(&loss_name(&self.setup, slot))?.clone();
+            let cell = self.graphs.whole.len() + i * self.setup.training.accumulate + part;
+            tower.seed(&output, seed(&self.seeds, cell))?;
+        }
+        for name in [IMAGE, TEXT] {
+            let (Ok(output), Some(input)) = (tower.graph().output(name), self.loss.graph().input(name)) else {
+                continue;
+            };
+            let output = output.clone();
+            match self.loss.grad_part(&input) {
+                Ok(all) => tower.seed(&output, all.slice(part * output.numel(), output.numel()))?,
+                // No weighted loss reaches it.
+                Err(ExecError::NoGradient(_)) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+        Ok(tower.walk_backward(w.store, w.grads)?)
+    }
+
+    /// A teacher's embeddings as the loss graph was given them; to be read before the losses run.
+    pub(crate) fn teacher_embeddings(&self, teacher: &str) -> Vec<f32> {
+        let inputs =
+            [Fed::Image, Fed::Text, Fed::Scaled].map(|fed| self.loss.graph().input(&teacher_input(teacher, fed)));
+        inputs.iter().flatten().flat_map(|t| self.loss.value(t).into_owned()).collect()
+    }
+
+    /// The values of a gradient, on the host.
+    pub(crate) fn gradient(&self, grads: &Grads<B::Buffer>, index: usize, len: usize) -> Vec<f32> {
+        self.backend.view(Part { buffer: &grads.all()[index], dtype: Dtype::F32, start: 0, len }).into_owned()
+    }
+}
+
+/// A loss's weight.
+fn seed<B: Backend>(seeds: &B::Buffer, cell: usize) -> Part<'_, B> {
+    Part { buffer: seeds, dtype: Dtype::F32, start: cell * CELL, len: 1 }
+}
+
+/// Copies values to the input called `name`, where the graph has one.
+fn upload<B: Backend>(executor: &mut Executor<B>, name: &str, values: &[f32]) -> Result<(), TrainError> {
+    match executor.graph().input(name) {
+        Some(input) => Ok(executor.upload(&input, values)?),
+        None => Ok(()),
+    }
+}
+
+/// Which parameters of `store` a gradient can reach.
+pub(crate) fn trained(graphs: &Graphs, store: &ParamStore) -> Vec<bool> {
+    let mut trained = vec![false; store.params().len()];
+    for (spec, node) in graphs.trained().into_iter().flat_map(param_nodes) {
+        if let Some(i) = store.index(&spec.name) {
+            trained[i] |= node.requires_grad;
+        }
+    }
+    trained
+}
+
+/// Which parameters of `store` are running statistics of batch norms.
+pub(crate) fn running(graphs: &Graphs, store: &ParamStore) -> Vec<bool> {
+    let mut running = vec![false; store.params().len()];
+    for (_, node) in graphs.tower.nodes() {
+        let Some(Op::BatchNorm { running: ids, .. }) = node.op() else { continue };
+        for id in ids {
+            if let Some(i) = store.index(&graphs.tower.params()[id.0].name) {
+                running[i] = true;
+            }
+        }
+    }
+    running
 }
 
 fn param_nodes(graph: &StepGraph) -> impl Iterator<Item = (&ParamSpec, &Node)> {
@@ -475,28 +517,4 @@ fn param_nodes(graph: &StepGraph) -> impl Iterator<Item = (&ParamSpec, &Node)> {
 pub(crate) fn scale_of(store: &ParamStore) -> f64 {
     let log = store.get(LOGIT_SCALE).and_then(|p| p.data.first()).copied().unwrap_or(0.0);
     f64::from(log).exp().min(MAX_LOGIT_SCALE)
-}
-
-/// What towers are fed, besides images.
-struct TowerInputs<'a> {
-    ids: &'a [i32],
-    eot: &'a [i32],
-    features: &'a [f32],
-    parts: usize,
-}
-
-impl<'a> TowerInputs<'a> {
-    /// One of the batch's equal parts; graphs take those that they have an input for.
-    fn feeds(&self, view: &'a [f32], part: usize) -> Vec<(&'a str, Feed<'a>)> {
-        fn slice<T>(all: &[T], part: usize, parts: usize) -> &[T] {
-            let len = all.len() / parts;
-            &all[part * len..][..len]
-        }
-        vec![
-            (IMAGES, Feed::F32(slice(view, part, self.parts))),
-            (IDS, Feed::I32(slice(self.ids, part, self.parts))),
-            (EOT, Feed::I32(slice(self.eot, part, self.parts))),
-            (FEATURES, Feed::F32(slice(self.features, part, self.parts))),
-        ]
-    }
 }

@@ -6,19 +6,19 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use mcpipe_cpu::optim::{scale_in_place, sum_of_squares};
-use mcpipe_graph::{Param, ParamStore};
+use mcpipe_graph::ParamStore;
 
 use crate::batch::{Batch, BatchSource};
 use crate::checkpoint::{CHECKPOINT_FORMAT, Checkpoint, CheckpointState, Checkpoints, Contents, Counters};
 use crate::ema::Average;
 use crate::error::TrainError;
-use crate::graphs::CLIP_SLOT;
+use crate::graphs::{CLIP_SLOT, Graphs, term_names};
+use crate::machine::{At, Done, Machine, State, machine};
 use crate::observer::{EvalWeights, Evaluate, Observer, SkippedStep, StepReport};
 use crate::optim::OptimizerState;
 use crate::schedule::LrState;
-use crate::setup::{LOGIT_SCALE, MAX_LOGIT_SCALE, TeacherModel, TrainSetup};
-use crate::step::{Step, scale_of};
+use crate::setup::{TeacherModel, TrainSetup};
+use crate::step::{running, trained};
 
 /// Name of the student's own average among the averages.
 const OWN_AVERAGE: &str = "student";
@@ -70,16 +70,11 @@ pub enum Outcome {
 #[derive(Debug)]
 pub struct Trainer {
     setup: Rc<TrainSetup>,
-    store: ParamStore,
-    averages: Vec<Average>,
-    step_runner: Step,
-    optimizer: OptimizerState,
-    trained: Vec<bool>,
-    /// Trained parameters and running statistics: what averages follow.
-    moving: Vec<bool>,
-    running: Vec<bool>,
-    /// Running statistics before the step, to be put back when it is skipped.
-    kept: Vec<Vec<f32>>,
+    state: State,
+    /// Whether the machine's state is ahead of `state`.
+    stale: bool,
+    machine: Box<dyn Machine>,
+    names: Vec<String>,
     schedule: LrState,
     counters: Counters,
     step: u64,
@@ -94,11 +89,12 @@ impl Trainer {
     /// Parts that don't fit together.
     pub fn new(setup: TrainSetup) -> Result<Self, TrainError> {
         let setup = Rc::new(setup);
+        let graphs = Graphs::new(&setup)?;
         let mut store = setup.initial.clone();
-        let step_runner = Step::new(Rc::clone(&setup), &mut store)?;
-        let trained = step_runner.trained(&store);
-        let running = step_runner.running(&store);
-        let moving: Vec<bool> = trained.iter().zip(&running).map(|(t, r)| *t || *r).collect();
+        for graph in graphs.trained() {
+            store.init(graph, setup.seed)?;
+        }
+        let (trained, running) = (trained(&graphs, &store), running(&graphs, &store));
         let mut averages = Vec::new();
         if let Some(a) = &setup.average {
             averages.push(Average::new(OWN_AVERAGE, &store, a.momentum, None));
@@ -109,21 +105,19 @@ impl Trainer {
             }
         }
         let optimizer = OptimizerState::new(setup.optimizer.as_ref(), &store, &trained);
+        let state = State { store, averages, optimizer, trained, running };
+        let machine = machine(&setup, graphs, &state)?;
         Ok(Trainer {
-            kept: Vec::new(),
             weights: Vec::new(),
             schedule: LrState::default(),
             counters: Counters::default(),
             step: 0,
             cursor: serde_json::Value::Null,
+            names: term_names(&setup),
+            stale: false,
             setup,
-            store,
-            averages,
-            step_runner,
-            optimizer,
-            trained,
-            moving,
-            running,
+            state,
+            machine,
         })
     }
 
@@ -133,8 +127,10 @@ impl Trainer {
     /// A checkpoint of another model or training; then nothing was changed.
     pub fn restore(&mut self, checkpoint: &Checkpoint) -> Result<(), TrainError> {
         let optimizer = self.setup.optimizer.as_ref();
-        let held = (optimizer.name(), optimizer.slots(), &mut self.optimizer);
-        checkpoint.restore(&self.setup.identity, &mut self.store, held, &mut self.averages)?;
+        let held = (optimizer.name(), optimizer.slots(), &mut self.state.optimizer);
+        checkpoint.restore(&self.setup.identity, &mut self.state.store, held, &mut self.state.averages)?;
+        self.machine.load(&self.state)?;
+        self.stale = false;
         let state = checkpoint.state();
         self.step = state.step;
         self.cursor = state.cursor.clone();
@@ -158,26 +154,40 @@ impl Trainer {
         &self.counters
     }
 
+    /// Brings back from a device what [`store`](Self::store), [`average`](Self::average) and
+    /// [`evaluated`](Self::evaluated) show; they show the last state that was brought back. [`run`](Self::run) does so
+    /// before evaluations, checkpoints and its end. Nothing to do on the CPU.
+    ///
+    /// # Errors
+    /// A device that fails.
+    pub fn sync(&mut self) -> Result<(), TrainError> {
+        if self.stale {
+            self.machine.sync(&mut self.state)?;
+            self.stale = false;
+        }
+        Ok(())
+    }
+
     /// The trained weights.
     pub fn store(&self) -> &ParamStore {
-        &self.store
+        &self.state.store
     }
 
     /// Which parameters of the [`store`](Self::store) are trained, in its order.
     pub fn trained(&self) -> &[bool] {
-        &self.trained
+        &self.state.trained
     }
 
     /// The running average of the weights, where the setup keeps one.
     pub fn average(&self) -> Option<&ParamStore> {
-        self.averages.iter().find(|a| a.name == OWN_AVERAGE && self.setup.average.is_some()).map(|a| &a.store)
+        self.state.averages.iter().find(|a| a.name == OWN_AVERAGE && self.setup.average.is_some()).map(|a| &a.store)
     }
 
     /// The weights that evaluations see: the average where the setup says so.
     pub fn evaluated(&self) -> EvalWeights<'_> {
         match (self.average(), self.setup.average) {
             (Some(store), Some(a)) if a.evaluate => EvalWeights { store, averaged: true },
-            _ => EvalWeights { store: &self.store, averaged: false },
+            _ => EvalWeights { store: &self.state.store, averaged: false },
         }
     }
 
@@ -189,8 +199,9 @@ impl Trainer {
     /// Saves the state after the last step.
     ///
     /// # Errors
-    /// What the file system refuses; nothing half-written is left.
-    pub fn save(&self, checkpoints: &Checkpoints) -> Result<PathBuf, TrainError> {
+    /// What the file system refuses; nothing half-written is left. A device that fails.
+    pub fn save(&mut self, checkpoints: &Checkpoints) -> Result<PathBuf, TrainError> {
+        self.sync()?;
         let state = CheckpointState {
             format: CHECKPOINT_FORMAT,
             identity: self.setup.identity.clone(),
@@ -199,14 +210,14 @@ impl Trainer {
             schedule: self.schedule.clone(),
             counters: self.counters.clone(),
             optimizer: self.setup.optimizer.name().to_owned(),
-            updates: self.optimizer.step,
+            updates: self.state.optimizer.step,
         };
         checkpoints.save(Contents {
             state: &state,
-            store: &self.store,
+            store: &self.state.store,
             slot_names: self.setup.optimizer.slots(),
-            optimizer: &self.optimizer,
-            averages: &self.averages,
+            optimizer: &self.state.optimizer,
+            averages: &self.state.averages,
         })
     }
 
@@ -257,15 +268,17 @@ impl Trainer {
                 speed.pause();
             }
         }
+        self.sync()?;
         Ok(Outcome::Finished)
     }
 
     fn interrupted(
-        &self,
+        &mut self,
         checkpoints: Option<&Checkpoints>,
         saved_step: Option<u64>,
         observer: &mut dyn Observer,
     ) -> Result<Outcome, TrainError> {
+        self.sync()?;
         let checkpoint = match checkpoints {
             None => None,
             Some(c) if saved_step == Some(self.step) => c.latest()?,
@@ -279,6 +292,7 @@ impl Trainer {
         if !eval.due(self.step, self.setup.training.steps) {
             return Ok(false);
         }
+        self.sync()?;
         let step = self.step;
         let reports = eval.evaluate(step, self.evaluated()).map_err(|source| TrainError::Eval { step, source })?;
         for report in &reports {
@@ -317,38 +331,33 @@ impl Trainer {
     pub fn one(&mut self, batch: &Batch) -> Result<StepReport, TrainError> {
         let training = self.setup.training.clone();
         self.weigh();
-        self.keep_running();
         let weights = std::mem::take(&mut self.weights);
-        let values = self.step_runner.run(&mut self.store, &self.averages, batch, self.step, &weights)?;
-        let squares: f64 = if values.finite {
-            let trained = self.step_runner.grads.all().iter().zip(&self.trained).filter(|(_, t)| **t);
-            trained.map(|(g, _)| sum_of_squares(g)).sum()
-        } else {
-            f64::NAN
-        };
-        let grad_norm = squares.sqrt();
         let base = self.setup.optimizer.lr() * self.setup.schedule.factor(self.step, training.steps, &self.schedule);
         let lr = base * self.counters.lr_scale;
-        let skipped = if values.finite && grad_norm.is_finite() {
-            self.apply(lr, grad_norm, training.clip_norm, training.steps);
-            self.setup.schedule.saw_loss(values.total, self.step, &mut self.schedule);
+        let momenta: Vec<f64> = self.state.averages.iter().map(|a| a.momentum_at(self.step, training.steps)).collect();
+        let at = At { step: self.step, weights: &weights, lr, momenta: &momenta };
+        let done = self.machine.step(&mut self.state, batch, at)?;
+        self.stale = true;
+        let skipped = if done.updated {
+            self.count_good();
+            self.setup.schedule.saw_loss(done.values.total, self.step, &mut self.schedule);
             None
         } else {
-            Some(self.skip(batch, &values, &weights, training.non_finite.max_in_a_row)?)
+            Some(self.skip(batch, &done, at, training.non_finite.max_in_a_row)?)
         };
         self.cursor = batch.cursor.clone();
         self.step += 1;
-        let names = self.step_runner.names().iter().cloned();
+        let names = self.names.iter().cloned();
         let log = self.step == 1 || self.step.is_multiple_of(training.log_every.max(1)) || self.step == training.steps;
         let report = StepReport {
             step: self.step,
             steps: training.steps,
-            loss: values.total,
-            terms: names.zip(values.terms.iter().copied()).collect(),
+            loss: done.values.total,
+            terms: names.zip(done.values.terms.iter().copied()).collect(),
             weights: weights.clone(),
             lr,
-            grad_norm,
-            logit_scale: scale_of(&self.store),
+            grad_norm: done.grad_norm,
+            logit_scale: done.values.logit_scale,
             images_per_second: 0.0,
             log: log || skipped.is_some(),
             skipped,
@@ -357,24 +366,7 @@ impl Trainer {
         Ok(report)
     }
 
-    /// Clips, updates the weights, clamps the logit scale, moves the averages.
-    fn apply(&mut self, lr: f64, grad_norm: f64, clip_norm: Option<f64>, steps: u64) {
-        if let Some(most) = clip_norm.filter(|most| grad_norm > *most) {
-            let factor = (most / (grad_norm + 1e-6)) as f32;
-            for (g, _) in self.step_runner.grads.all_mut().iter_mut().zip(&self.trained).filter(|(_, t)| **t) {
-                scale_in_place(g, factor);
-            }
-        }
-        self.optimizer.update(self.setup.optimizer.as_ref(), lr, &mut self.store, &self.step_runner.grads);
-        if let Some(scale) = self.store.get_mut(LOGIT_SCALE) {
-            for v in &mut scale.data {
-                *v = v.min(MAX_LOGIT_SCALE.ln() as f32);
-            }
-        }
-        for average in &mut self.averages {
-            let momentum = average.momentum_at(self.step, steps);
-            average.update(&self.store, &self.moving, momentum);
-        }
+    fn count_good(&mut self) {
         let c = &mut self.counters;
         c.skipped_in_a_row = 0;
         c.good_in_a_row += 1;
@@ -383,16 +375,9 @@ impl Trainer {
         }
     }
 
-    /// Counts a step that is not finite and undoes what it changed.
-    fn skip(
-        &mut self,
-        batch: &Batch,
-        values: &crate::step::Values,
-        weights: &[f64],
-        most: u32,
-    ) -> Result<SkippedStep, TrainError> {
-        self.put_back_running();
-        let origin = self.step_runner.blame(values, weights, &self.store);
+    /// Counts a step that is not finite; the machine undid what it changed.
+    fn skip(&mut self, batch: &Batch, done: &Done, at: At<'_>, most: u32) -> Result<SkippedStep, TrainError> {
+        let origin = self.machine.blame(&self.state, &done.values, at.weights);
         let c = &mut self.counters;
         c.skipped += 1;
         c.skipped_in_a_row += 1;
@@ -400,29 +385,11 @@ impl Trainer {
         c.lr_scale *= 0.5;
         let (in_a_row, total, lr_scale) = (c.skipped_in_a_row, c.skipped, c.lr_scale);
         if in_a_row >= most {
-            let traced = self.step_runner.diagnose(&mut self.store, &self.averages, batch, self.step, weights);
-            self.put_back_running();
+            let traced = self.machine.diagnose(&mut self.state, batch, at);
             let origin = traced.unwrap_or(origin);
             return Err(TrainError::NonFinite { step: self.step, in_a_row, origin, checkpoint: None });
         }
         Ok(SkippedStep::new(&origin, in_a_row, total, lr_scale))
-    }
-
-    fn running_params<'a>(store: &'a mut ParamStore, running: &'a [bool]) -> impl Iterator<Item = &'a mut Param> {
-        store.params_mut().iter_mut().zip(running).filter(|(_, r)| **r).map(|(p, _)| p)
-    }
-
-    fn keep_running(&mut self) {
-        self.kept.resize_with(self.running.iter().filter(|r| **r).count(), Vec::new);
-        for (p, kept) in Self::running_params(&mut self.store, &self.running).zip(&mut self.kept) {
-            kept.clone_from(&p.data);
-        }
-    }
-
-    fn put_back_running(&mut self) {
-        for (p, kept) in Self::running_params(&mut self.store, &self.running).zip(&self.kept) {
-            p.data.clone_from(kept);
-        }
     }
 }
 

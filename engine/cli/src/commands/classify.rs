@@ -5,7 +5,7 @@ use std::fmt::Write;
 use mcpipe_run::{Classes, Classified, RunError, TEMPLATE};
 use serde_json::json;
 
-use super::{model, model_options};
+use super::{lines, model, model_options};
 use crate::args::{ClassifyArgs, Format};
 use crate::output::print;
 use crate::progress::Counter;
@@ -17,7 +17,7 @@ pub fn classify(args: &ClassifyArgs, quiet: bool) -> Result<u8, RunError> {
         return Err(RunError::Usage("give images behind the model".into()));
     }
     let names = match &args.classes_from {
-        Some(file) => mcpipe_data::read_lines(file, "the class names, one a line")?,
+        Some(file) => lines(file, "the class names, one a line")?,
         None => args.classes.iter().map(|name| name.trim().to_owned()).collect(),
     };
     let templates = if args.template.is_empty() { vec![TEMPLATE.to_owned()] } else { args.template.clone() };

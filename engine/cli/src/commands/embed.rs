@@ -2,7 +2,7 @@
 
 use mcpipe_run::{EmbedOptions, EmbeddingFile, Inputs, RunError};
 
-use super::{model, model_options};
+use super::{lines, model, model_options};
 use crate::args::EmbedArgs;
 use crate::output::print;
 use crate::progress::Counter;
@@ -48,7 +48,7 @@ fn inputs(args: &EmbedArgs, given: &[String]) -> Result<Inputs, RunError> {
     }
     if let Some(file) = &args.texts_from {
         nothing_beside("--texts-from")?;
-        let texts = mcpipe_data::read_lines(file, "the texts, one a line")?;
+        let texts = lines(file, "the texts, one a line")?;
         if texts.is_empty() {
             return Err(RunError::Usage(format!("{} holds no text", file.display())));
         }

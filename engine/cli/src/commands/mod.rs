@@ -12,6 +12,8 @@ pub mod plan;
 pub mod run;
 pub mod weights;
 
+use std::path::Path;
+
 use mcpipe_graph::Kernels;
 use mcpipe_run::{EmbedOptions, ModelSource, Pipeline, RunError, Settings, WeightFile, compile};
 use mcpipe_spec::{Document, Style};
@@ -39,6 +41,8 @@ pub fn settings(args: &MachineArgs, document: &Document) -> Settings {
         KernelsArg::Native => Kernels::Native,
         KernelsArg::Reference => Kernels::Reference,
     };
+    let device = args.device.or_else(|| document.spec.run.device.as_ref()?.parse().ok()).unwrap_or_default();
+    settings.choose_device(device);
     settings
 }
 
@@ -73,10 +77,18 @@ pub fn model<'a>(args: &ModelArgs, paths: &'a [String]) -> Result<(ModelSource, 
     }
 }
 
+/// Lines of a file that an option names. One that can't be used is bad usage.
+pub fn lines(file: &Path, what: &'static str) -> Result<Vec<String>, RunError> {
+    mcpipe_data::read_lines(file, what).map_err(|error| RunError::Usage(error.to_string()))
+}
+
 /// Starts the threads that a model is run by, and how it is run.
 pub fn model_options(args: &ModelArgs) -> Result<EmbedOptions, RunError> {
     let mut settings = Settings::default();
     settings.threads = args.threads.map_or(settings.threads, usize::from);
     settings.install_threads()?;
-    Ok(EmbedOptions { batch: usize::from(args.batch), workers: settings.threads.min(8), ..EmbedOptions::default() })
+    settings.choose_device(args.device);
+    settings.check_device()?;
+    let (batch, workers) = (usize::from(args.batch), settings.threads.min(8));
+    Ok(EmbedOptions { batch, workers, device: settings.device, ..EmbedOptions::default() })
 }

@@ -34,6 +34,9 @@ fn text(description: &Description) -> String {
     out.push_str("\nMODELS\n");
     let rows: Vec<Vec<String>> = description.models.iter().map(model_row).collect();
     out.push_str(&table(&["model", "component", "input", "parameters", "FLOPs/sample", "embedding"], &rows));
+    for (model, note) in description.models.iter().filter_map(|m| Some((m, m.note.as_ref()?))) {
+        let _ = writeln!(out, "\n{} ({}): {note}", model.model, model.component);
+    }
     for model in description.models.iter().filter(|m| !m.taps.is_empty()) {
         taps(&mut out, model);
     }

@@ -9,7 +9,7 @@ use tracing_subscriber::filter::LevelFilter;
 
 use super::open;
 use crate::args::{Format, RunArgs};
-use crate::output::{print, table};
+use crate::output::{eprint, print, table};
 use crate::progress::{Loudness, Progress};
 use crate::signals;
 
@@ -18,7 +18,11 @@ pub fn run(args: &RunArgs, quiet: bool, verbose: u8) -> Result<u8, RunError> {
     let (pipeline, mut settings) = open(&args.file, &args.machine)?;
     settings.fresh = args.fresh;
     settings.jobs = usize::from(args.jobs);
+    settings.check_device()?;
     settings.install_threads()?;
+    if let Some(reason) = settings.device_note.as_ref().filter(|_| !quiet) {
+        eprint(&format!("note: this runs on the CPU: {reason}\n"));
+    }
     let progress = Progress::new(if quiet { Loudness::Quiet } else { Loudness::Normal });
     log_to(&progress, verbose);
     let interrupt = Interrupt::default();

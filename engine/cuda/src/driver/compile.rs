@@ -1,7 +1,9 @@
 //! Kernels' sources, embedded, and their compilation by NVRTC with a cache on disk.
 
-use std::ffi::{CStr, CString, c_char};
+use std::borrow::Cow;
+use std::ffi::{CString, c_char};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use cudarc::nvrtc::{result as nvrtc, sys};
 
@@ -12,6 +14,21 @@ use crate::library::{self, Library};
 // capability 9.0 has.
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 
+/// A header's name and text.
+type Header = (&'static str, Cow<'static, str>);
+
+/// The texts of a kernel file and of all headers: those embedded, or, for whoever works on the kernels, those in the folder
+/// that `MCPIPE_KERNELS` names.
+fn texts(file: &str) -> Option<(Cow<'static, str>, Vec<Header>)> {
+    let folder = std::env::var_os("MCPIPE_KERNELS").map(PathBuf::from);
+    let text = |&(name, embedded): &(&'static str, &'static str)| {
+        let read = folder.as_ref().and_then(|f| std::fs::read_to_string(f.join(name)).ok());
+        (name, read.map_or(Cow::Borrowed(embedded), Cow::Owned))
+    };
+    let source = FILES.iter().find(|(name, _)| name.strip_suffix(".cu") == Some(file)).map(text)?.1;
+    Some((source, HEADERS.iter().map(text).collect()))
+}
+
 /// Options besides the architecture; part of the cache's key.
 const OPTIONS: &[&str] = &["--std=c++17", "--device-int128", "--restrict"];
 
@@ -21,23 +38,60 @@ const OPTIONS: &[&str] = &["--std=c++17", "--device-int128", "--restrict"];
 /// NVRTC is missing or refuses the source. A cache that can't be written is no error.
 pub(crate) fn machine_code(file: &str, capability: u32) -> Result<Vec<u8>, CudaError> {
     library::load(Library::Nvrtc)?;
-    let source = FILES.iter().find(|(name, _)| name.strip_suffix(".cu") == Some(file));
-    let (_, source) = source.ok_or_else(|| CudaError::Unsupported(format!("there is no kernels/{file}.cu")))?;
-    let arch = if file.ends_with("_sm90a") { "sm_90a".to_owned() } else { format!("sm_{capability}") };
-    let cached = cache_file(file, &arch, source);
+    let texts = texts(file);
+    let (source, headers) = texts.ok_or_else(|| CudaError::Unsupported(format!("there is no kernels/{file}.cu")))?;
+    let arch = arch(file, capability);
+    let cached = cache_file(file, &arch, &source, &headers);
     if let Some(code) = cached.as_ref().and_then(|path| std::fs::read(path).ok()) {
         // ELF: a file cut short by a full disk was never renamed to this name.
         if code.starts_with(b"\x7fELF") {
             return Ok(code);
         }
     }
-    let code = compile(file, source, &arch)?;
-    if let Some(path) = cached {
-        if let Err(e) = keep(&path, &code) {
-            tracing::debug!("kernels are not cached at {}: {e}", path.display());
-        }
+    let code = compile(file, &source, &headers, &arch)?;
+    if let Some(path) = cached
+        && let Err(e) = keep(&path, &code)
+    {
+        tracing::debug!("kernels are not cached at {}: {e}", path.display());
     }
     Ok(code)
+}
+
+/// Compiles every kernel file that the cache lacks, in parallel: on a first run this takes seconds instead of a minute of
+/// stops at each op's first use.
+///
+/// # Errors
+/// As [`machine_code`].
+pub(crate) fn prepare(capability: u32) -> Result<(), CudaError> {
+    library::load(Library::Nvrtc)?;
+    let fits = |file: &&str| !file.ends_with("_sm90a") || capability == 90;
+    let missing: Vec<&str> = files().into_iter().filter(fits).filter(|f| !is_cached(f, capability)).collect();
+    if missing.is_empty() || cache_folder().is_none() {
+        return Ok(());
+    }
+    tracing::info!("compiling {} kernel files for compute capability {capability}, once", missing.len());
+    let workers = std::thread::available_parallelism().map_or(1, usize::from).min(missing.len());
+    let next = AtomicUsize::new(0);
+    let work = || -> Result<(), CudaError> {
+        while let Some(file) = missing.get(next.fetch_add(1, Ordering::Relaxed)) {
+            machine_code(file, capability)?;
+        }
+        Ok(())
+    };
+    std::thread::scope(|s| {
+        let running: Vec<_> = (0..workers).map(|_| s.spawn(work)).collect();
+        let lost = || CudaError::Unsupported("compiling the kernels was broken off".into());
+        running.into_iter().try_for_each(|w| w.join().map_err(|_| lost())?)
+    })
+}
+
+fn is_cached(file: &str, capability: u32) -> bool {
+    let Some((source, headers)) = texts(file) else { return false };
+    cache_file(file, &arch(file, capability), &source, &headers).is_some_and(|path| path.exists())
+}
+
+fn arch(file: &str, capability: u32) -> String {
+    if file.ends_with("_sm90a") { "sm_90a".to_owned() } else { format!("sm_{capability}") }
 }
 
 fn version() -> (i32, i32) {
@@ -68,10 +122,10 @@ pub(crate) fn cache_folder() -> Option<PathBuf> {
     Some(folder.join("kernels"))
 }
 
-fn cache_file(file: &str, arch: &str, source: &str) -> Option<PathBuf> {
+fn cache_file(file: &str, arch: &str, source: &str, headers: &[Header]) -> Option<PathBuf> {
     let folder = cache_folder()?;
     let mut hash = blake3::Hasher::new();
-    for (name, text) in HEADERS.iter().chain([&(file, source)]) {
+    for (name, text) in headers.iter().map(|(n, t)| (*n, t.as_ref())).chain([(file, source)]) {
         hash.update(name.as_bytes()).update(&(text.len() as u64).to_le_bytes()).update(text.as_bytes());
     }
     hash.update(format!("{arch} {OPTIONS:?} {:?}", version()).as_bytes());
@@ -99,12 +153,12 @@ impl Drop for Program {
     }
 }
 
-fn compile(file: &str, source: &str, arch: &str) -> Result<Vec<u8>, CudaError> {
+fn compile(file: &str, source: &str, headers: &[Header], arch: &str) -> Result<Vec<u8>, CudaError> {
     let failed = |call: &str, e: &dyn std::fmt::Debug| CudaError::Call { call: call.into(), reason: format!("{e:?}") };
     let c = |text: &str| CString::new(text).map_err(|e| failed("nvrtcCreateProgram", &e));
     let (source, name) = (c(source)?, c(&format!("{file}.cu"))?);
-    let texts: Vec<CString> = HEADERS.iter().map(|(_, text)| c(text)).collect::<Result<_, _>>()?;
-    let names: Vec<CString> = HEADERS.iter().map(|(name, _)| c(name)).collect::<Result<_, _>>()?;
+    let texts: Vec<CString> = headers.iter().map(|(_, text)| c(text)).collect::<Result<_, _>>()?;
+    let names: Vec<CString> = headers.iter().map(|(name, _)| c(name)).collect::<Result<_, _>>()?;
     let pointers = |list: &[CString]| -> Vec<*const c_char> { list.iter().map(|c| c.as_ptr()).collect() };
     let (texts_at, names_at) = (pointers(&texts), pointers(&names));
     let mut program = std::ptr::null_mut();
@@ -114,7 +168,7 @@ fn compile(file: &str, source: &str, arch: &str) -> Result<Vec<u8>, CudaError> {
             &mut program,
             source.as_ptr(),
             name.as_ptr(),
-            HEADERS.len() as i32,
+            headers.len() as i32,
             texts_at.as_ptr(),
             names_at.as_ptr(),
         )
@@ -127,12 +181,8 @@ fn compile(file: &str, source: &str, arch: &str) -> Result<Vec<u8>, CudaError> {
     if unsafe { nvrtc::compile_program(program.0, &options) }.is_err() {
         // SAFETY: as above.
         let log = unsafe { nvrtc::get_program_log(program.0) }.unwrap_or_default();
-        // SAFETY: NVRTC ends its log with NUL.
-        let log = if log.is_empty() {
-            String::new()
-        } else {
-            unsafe { CStr::from_ptr(log.as_ptr()) }.to_string_lossy().into_owned()
-        };
+        let bytes: Vec<u8> = log.iter().map(|c| *c as u8).take_while(|b| *b != 0).collect();
+        let log = String::from_utf8_lossy(&bytes).into_owned();
         return Err(CudaError::Compile { file: file.into(), arch: arch.into(), log });
     }
     let mut size = 0;

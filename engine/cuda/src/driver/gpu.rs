@@ -135,8 +135,8 @@ impl Gpu {
                 need % 10
             )));
         }
-        library::load(Library::Nvrtc)?;
         library::load(Library::CublasLt)?;
+        super::compile::prepare(info.capability)?;
         let device = cuda::device::get(index as i32).map_err(|e| failed("cuDeviceGet", e))?;
         // SAFETY: the device came from the driver; the context is released when this is dropped.
         let context = unsafe { cuda::primary_ctx::retain(device) }.map_err(|e| failed("starting the GPU", e))?;
@@ -214,7 +214,8 @@ impl Gpu {
     fn room(&self, bytes: usize) -> Result<Address, CudaError> {
         let mut room = self.room.borrow_mut();
         if room.1 < bytes {
-            if room.1 > 0 {
+            // Recordings go on using the room that they were made with.
+            if room.1 > 0 && self.graphs.borrow().is_empty() {
                 self.free(room.0);
                 *room = (0, 0);
             }

@@ -18,6 +18,7 @@ struct Dims {
     tokens: i32,
     heads: i32,
     dim: i32,
+    pairs: i32,
     causal: i32,
     scale: f32,
 }
@@ -34,6 +35,7 @@ impl From<&Attention> for Dims {
             tokens: d.tokens as i32,
             heads: d.heads as i32,
             dim: d.head_dim as i32,
+            pairs: (d.batch * d.heads) as i32,
             causal: i32::from(d.causal),
             scale: 1.0 / (d.head_dim as f32).sqrt(),
         }

@@ -94,7 +94,7 @@ fn named(names: [&'static str; 3], k: i32) -> &'static str {
     names[(k as usize - 3) / 2]
 }
 
-/// y = conv(x, w) + bias, the sizes being depthwise: `groups == c_in`.
+/// y = conv(x, w) + bias, for evaluation's fused convolutions.
 pub(crate) fn convolve(
     dev: &Device,
     d: &Conv2d,
@@ -106,6 +106,7 @@ pub(crate) fn convolve(
     correlate(dev, Conv::new(d), x, w, bias, y)
 }
 
+/// y = conv(x, w) + bias.
 fn correlate(dev: &Device, d: Conv, x: View, w: View, bias: Option<View>, y: View) -> Result<(), CudaError> {
     let bias = bias.unwrap_or(View::none());
     match d.vector(4, [x, y]) {
@@ -157,7 +158,11 @@ fn square_flipped(
             (name, i32::from(!long), if long { 7 } else { 4 }, 2)
         }
     };
-    let fits = if d.kh == 3 && other.is_none() { 5 } else { 3 };
+    let fits = match name {
+        "depthwise_3" => 5,
+        "depthwise_7_other" => 2,
+        _ => 3,
+    };
     let blocks = d.blocks(dev, rows, columns, tiles, fits);
     let mut arguments = Arguments::default();
     views.into_iter().for_each(|view| arguments.push(view));
@@ -281,3 +286,7 @@ pub(crate) fn vjp(dev: &Device, op: &Op, io: Vjp<'_>) -> Result<(), CudaError> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+#[path = "depthwise_tests.rs"]
+mod tests;

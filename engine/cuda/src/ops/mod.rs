@@ -12,6 +12,8 @@ pub(crate) mod norm;
 pub(crate) mod pooling;
 pub(crate) mod relational;
 #[cfg(test)]
+mod testing;
+#[cfg(test)]
 mod tests;
 
 use mcpipe_graph::Op;

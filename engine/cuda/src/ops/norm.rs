@@ -330,3 +330,7 @@ fn layer_norm_vjp(dev: &Device, d: &Norm, io: Vjp<'_>) -> Result<(), CudaError> 
     let sums = Sums { partials, blocks: blocks as i32, c: d.c, dgamma, dbeta, add: [add_gamma, add_beta] };
     merge_sums(dev, sums, View::none(), rstd, gamma, 0.0)
 }
+
+#[cfg(test)]
+#[path = "norm_tests.rs"]
+mod tests;

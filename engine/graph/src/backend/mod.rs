@@ -150,6 +150,14 @@ pub struct Part<'a, B: Backend + ?Sized> {
     pub len: usize,
 }
 
+impl<B: Backend + ?Sized> Part<'_, B> {
+    /// `len` of its elements from `start` on.
+    pub fn slice(self, start: usize, len: usize) -> Self {
+        debug_assert!(start + len <= self.len, "{start} + {len} of {}", self.len);
+        Part { start: self.start + start, len, ..self }
+    }
+}
+
 /// Forward and VJP of every op on one kind of device.
 ///
 /// Copies between host and device give no error: a device that fails stays failed, gives NaN from then on and says so at
@@ -158,7 +166,7 @@ pub trait Backend: Layout {
     /// Device memory.
     type Buffer: Default + std::fmt::Debug;
     /// Device memory of `i32`.
-    type Ints: Default + std::fmt::Debug;
+    type Ints: Clone + Default + std::fmt::Debug;
 
     /// Whether evaluation graphs are to be fused: the backend then runs [`Op::FusedConv`](crate::op::Op::FusedConv).
     fn fuses(&self) -> bool;

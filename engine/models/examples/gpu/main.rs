@@ -5,17 +5,21 @@
 //! * `student:MODEL@SIZE/BATCH[:PRECISION]`: a training step (forward, backward, AdamW) as one CUDA graph;
 //! * `forward:MODEL@SIZE/BATCH[:PRECISION]`: an evaluation forward;
 //! * `profile:MODEL@SIZE/BATCH[:PRECISION]`: where a training step's time goes, op by op;
+//! * `loss:BATCH`: the fused contrastive and relational loss, against cuBLASLt's time for the products it is made of;
 //! * `ops`: bytes that memory-bound ops move a second, against the copy rate.
 //!
 //! PRECISION is `bf16` (default), `tf32` or `f32`.
 
+mod loss;
 mod ops;
 
 use std::sync::Arc;
 
-use mcpipe_cuda::{Cuda, CudaError, Device, Element, Gradients, Parameters, Precision, Recording};
-use mcpipe_graph::{Executor, Feed, GraphBuilder, Init, Mode, OpTime, ParamStore, Path, StepGraph};
+use mcpipe_cuda::optim::{Rule, StepValues, Tensor, Updater};
+use mcpipe_cuda::{Buffer, Cuda, CudaError, Device, Element, Gradients, Parameters, Precision, Recording};
+use mcpipe_graph::{Executor, Feed, GraphBuilder, Init, Mode, OpTime, ParamKind, ParamStore, Path, StepGraph};
 
+/// Whatever went wrong.
 pub type Failure = Box<dyn std::error::Error>;
 
 struct Case {
@@ -66,7 +70,10 @@ struct Training {
     executor: Executor<Cuda>,
     params: Parameters,
     grads: Gradients,
-    one: mcpipe_cuda::Buffer,
+    updater: Updater,
+    /// The moments.
+    _slots: Vec<Buffer>,
+    one: Buffer,
     device: Device,
 }
 
@@ -81,9 +88,10 @@ impl Training {
         let mut executor = Executor::new(graph, &params.store, Mode::Train, backend)?;
         let target = Init::Normal(1.0).sample(1, "target", &[case.batch * 512]);
         executor.feed(&[("image", Feed::F32(&case.image())), ("target", Feed::F32(&target))])?;
-        let one = mcpipe_cuda::Buffer::new(device.alloc(4)?);
+        let (updater, slots) = updater(device, &store, &params, &grads)?;
+        let one = Buffer::new(device.alloc(4)?);
         device.upload(&[1.0f32], one.view(1, Element::F32))?;
-        Ok(Training { executor, params, grads, one, device: device.clone() })
+        Ok(Training { executor, params, grads, updater, _slots: slots, one, device: device.clone() })
     }
 
     fn step(&mut self) -> Result<(), Failure> {
@@ -96,8 +104,44 @@ impl Training {
         let seed = mcpipe_graph::Part { buffer: &self.one, dtype: mcpipe_graph::Dtype::F32, start: 0, len: 1 };
         self.executor.seed(&loss, seed)?;
         self.executor.walk_backward(&self.params.store, &mut self.grads.grads)?;
+        self.updater.run()?;
         Ok(())
     }
+}
+
+/// AdamW over all trained parameters, with the memory of its moments.
+fn updater(
+    device: &Device,
+    store: &ParamStore,
+    params: &Parameters,
+    grads: &Gradients,
+) -> Result<(Updater, Vec<Buffer>), Failure> {
+    let (mut tensors, mut slots) = (Vec::new(), Vec::new());
+    for ((host, param), grad) in store.params().iter().zip(params.store.params()).zip(grads.grads.all()) {
+        if host.kind == ParamKind::Buffer {
+            continue;
+        }
+        let (n, mut moments) = (host.data.len(), Vec::new());
+        for _ in 0..2 {
+            let buffer = Buffer::new(device.alloc(4 * n)?);
+            device.fill(buffer.view(n, Element::F32), 0)?;
+            moments.push(buffer.view(n, Element::F32));
+            slots.push(buffer);
+        }
+        tensors.push(Tensor {
+            param: param.data.view(n, Element::F32),
+            grad: Some(grad.view(n, Element::F32)),
+            slots: moments,
+            averages: Vec::new(),
+            shadow: None,
+            decay: host.kind == ParamKind::Decay,
+            most: None,
+        });
+    }
+    let updater =
+        Updater::new(device, &tensors, Rule::Adamw { betas: [0.9, 0.999], eps: 1e-8, weight_decay: 0.01 }, None)?;
+    updater.set(&StepValues { lr: 1e-3, step: 1, clip_norm: None, momenta: Vec::new() })?;
+    Ok((updater, slots))
 }
 
 fn device_error(e: Failure) -> CudaError {
@@ -131,6 +175,7 @@ fn used(device: &Device) -> f64 {
 fn student(device: &Device, text: &str) -> Result<(), Failure> {
     let case = Case::parse(text)?;
     let mut training = Training::new(device, &case)?;
+    training.step()?;
     let before = training.executor.value(&training.executor.graph().output("loss")?.clone())[0];
     let ms = 1e3 * median(device, 15, || training.step())?;
     let loss = training.executor.value(&training.executor.graph().output("loss")?.clone())[0];
@@ -188,6 +233,7 @@ fn main() -> Result<(), Failure> {
             Some(("student", text)) => student(&device, text),
             Some(("forward", text)) => forward(&device, text),
             Some(("profile", text)) => profile(&device, text),
+            Some(("loss", batch)) => batch.parse().map_err(Failure::from).and_then(|b| loss::time(&device, b)),
             _ if case == "ceilings" => ops::ceilings(&device),
             _ if case == "ops" => ops::all(&device),
             _ => Err(format!("`{case}` is no case").into()),

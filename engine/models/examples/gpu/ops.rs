@@ -29,11 +29,19 @@ pub fn ceilings(device: &Device) -> Result<(), Failure> {
     Ok(())
 }
 
+/// The faster of the driver's copy and of an element-wise kernel's.
 fn copy_rate(device: &Device) -> Result<f64, Failure> {
     let bytes = 2usize << 30;
-    let (from, to) = (device.alloc(bytes)?, device.alloc(bytes)?);
-    let (from, to) = (from.view(bytes, Element::U8), to.view(bytes, Element::U8));
-    Ok(2.0 * bytes as f64 / median(device, 15, || Ok(device.copy(from, to)?))?)
+    let (from, to) = (Buffer::new(device.alloc(bytes)?), Buffer::new(device.alloc(bytes)?));
+    device.fill(from.view(bytes, Element::U8), 1)?;
+    let driver = median(device, 15, || Ok(device.copy(from.view(bytes, Element::U8), to.view(bytes, Element::U8))?))?;
+    let (mut backend, mut to) = (Cuda::new(device.clone(), Precision::F32), to);
+    let kernel = median(device, 15, || {
+        let part = Part { buffer: &from, dtype: Dtype::F32, start: 0, len: bytes / 4 };
+        mcpipe_graph::Backend::copy(&mut backend, part, &mut to, Dtype::F32, 0, false);
+        Ok(())
+    })?;
+    Ok(2.0 * bytes as f64 / driver.min(kernel))
 }
 
 type Build = fn(&mut GraphBuilder, &[Tensor]) -> Result<Tensor, GraphError>;

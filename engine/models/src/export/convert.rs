@@ -5,7 +5,7 @@ use std::path::Path as File;
 
 use mcpipe_graph::{GraphBuilder, Param, ParamStore, Path};
 
-use super::{Tensors, batch_counter, metadata};
+use super::{HeadNames, Tensors, batch_counter, metadata};
 use crate::backbone::{Backbone, Naming};
 use crate::registry::backbone;
 use crate::weights::{Checkpoint, Entry, NameMap, WeightsError, write_safetensors};
@@ -77,7 +77,7 @@ pub fn described(source: &Checkpoint) -> Result<Option<Described>, WeightsError>
     };
     let unreadable = |why: String| WeightsError::Kind {
         path: source.path().to_owned(),
-        message: format!("its notes can't be read: {why}"),
+        message: format!("has notes that can't be read: {why}"),
     };
     let params: toml::Table = serde_json::from_str(params).map_err(|e| unreadable(e.to_string()))?;
     let image_size = size.parse().map_err(|_| unreadable(format!("`{size}` is no image size")))?;
@@ -111,15 +111,13 @@ pub fn convert(source: &Checkpoint, to: &Conversion<'_>, file: &File) -> Result<
         let message = format!("`{name}` has open_clip's names, not timm's; export it as `open_clip`");
         return Err(WeightsError::Export(message));
     }
-    let (visual, head) = match naming {
-        Naming::Timm => ("visual.trunk.", "head.fc.weight"),
-        Naming::OpenClip => ("visual.", "proj"),
+    let visual = match naming {
+        Naming::Timm => "visual.trunk.",
+        Naming::OpenClip => "visual.",
     };
     let prefix = if source.names().any(|n| n.starts_with(visual)) { visual } else { "" };
-    let dim = source.shape(&format!("{prefix}{head}")).and_then(|shape| match naming {
-        Naming::Timm => shape.first().copied(),
-        Naming::OpenClip => shape.last().copied(),
-    });
+    let head = HeadNames::of(to.backbone, to.image_size)?;
+    let dim = source.shape(&format!("{prefix}{}", head.weight)).and_then(|shape| shape.get(head.outputs).copied());
     let mut store = declared(to, dim)?;
     source.load(&mut store, &NameMap::new().and(prefix, ""))?;
     let read = store.params().len();

@@ -10,7 +10,7 @@ use mcpipe_graph::{Activation, BatchNormArgs, GraphBuilder, Init, ParamStore, Pa
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::backbone::{Backbone, ImageOutputs, Interpolation, Naming, Preprocess, TapInfo, TapShape, Taps, image_side};
+use crate::backbone::{Backbone, IMAGENET, ImageOutputs, Preprocess, TapInfo, TapShape, Taps, image_side};
 use crate::error::ModelError;
 use crate::layers::{SqueezeExcite, check_reduction, drop_path_rates, layer_scale, scaled, torch_bias};
 use crate::params::{Sizes, decode, encode, positive, positive_factor, rate, schema};
@@ -133,16 +133,11 @@ fn squeeze_excite(reduced: usize) -> SqueezeExcite {
 pub struct FastVit {
     name: &'static str,
     sizes: FastVitSizes,
-    published: bool,
 }
 
 impl FastVit {
     fn boxed(name: &'static str, defaults: &FastVitSizes, set: &toml::Table) -> Result<Box<dyn Backbone>, ModelError> {
-        let sizes: FastVitSizes = decode(name, defaults, set)?;
-        // How it is trained changes no shape, and timm makes the folded form under the same name.
-        let (layer_scale, drop_path) = (defaults.layer_scale, defaults.drop_path);
-        let published = FastVitSizes { reparam: false, layer_scale, drop_path, ..sizes.clone() } == *defaults;
-        Ok(Box::new(FastVit { name, sizes, published }))
+        Ok(Box::new(FastVit { name, sizes: decode(name, defaults, set)? }))
     }
 
     fn stem(&self) -> [MobileOne; 3] {
@@ -259,22 +254,8 @@ impl Backbone for FastVit {
         encode(&self.sizes)
     }
 
-    fn is_published(&self) -> bool {
-        self.published
-    }
-
     fn preprocess(&self) -> Preprocess {
-        Preprocess {
-            image_size: 256,
-            mean: [0.0; 3],
-            std: [1.0; 3],
-            crop_pct: 0.95,
-            interpolation: Interpolation::Bicubic,
-        }
-    }
-
-    fn naming(&self) -> Naming {
-        Naming::Timm
+        Preprocess { image_size: 256, mean: [0.0; 3], std: [1.0; 3], crop_pct: 0.95, ..IMAGENET }
     }
 
     fn features(&self) -> usize {
@@ -288,20 +269,16 @@ impl Backbone for FastVit {
     fn taps(&self, image_size: usize) -> Result<Vec<TapInfo>, ModelError> {
         self.check_image_size(image_size)?;
         let (s, sides) = (&self.sizes, Self::sides(image_size));
-        let map = |name: String, side: usize, channels: usize| TapInfo {
-            name,
-            shape: TapShape::Image { height: side, width: side, channels },
-        };
-        let mut taps = vec![map("stem".into(), sides[0], s.dims[0])];
+        let mut taps = vec![TapInfo::map("stem", sides[0], s.dims[0])];
         for i in 0..4 {
             if i == ATTENTION_STAGE {
                 let heads = s.dims[i] / HEAD_DIM;
                 let shape = TapShape::Attention { groups: 1, heads, prefix: 0, grid: [sides[i]; 2] };
                 taps.extend((0..s.layers[i]).map(|j| TapInfo { name: attention_tap(j), shape }));
             }
-            taps.push(map(format!("stages.{i}"), sides[i], s.dims[i]));
+            taps.push(TapInfo::map(format!("stages.{i}"), sides[i], s.dims[i]));
         }
-        taps.push(map("final_conv".into(), sides[3], self.features()));
+        taps.push(TapInfo::map("final_conv", sides[3], self.features()));
         Ok(taps)
     }
 
@@ -383,7 +360,7 @@ impl Backbone for FastVit {
         }
         self.final_conv().fold(&mut f, &path.at("final_conv"))?;
         let sizes = FastVitSizes { reparam: true, ..self.sizes.clone() };
-        let backbone = Box::new(FastVit { name: self.name, sizes, published: self.published });
+        let backbone = Box::new(FastVit { name: self.name, sizes });
         Ok(Some(Folded { backbone, store: f.finish() }))
     }
 }

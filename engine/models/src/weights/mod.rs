@@ -46,11 +46,11 @@ pub enum WeightsError {
         source: io::Error,
     },
     /// The file is of a kind that is not read.
-    #[error("{}: {message}", .path.display())]
+    #[error("{} {message}", .path.display())]
     Kind {
         /// File.
         path: PathBuf,
-        /// What is read instead.
+        /// What it is or holds, behind its name: `is no weight file`.
         message: String,
     },
     /// The file is damaged.

@@ -131,6 +131,7 @@ impl Checkpoint {
                 if head && options.resize_head {
                     takeover.left.push(param.name.clone());
                 } else {
+                    hints.extend((layers.is_some() && !head).then_some(LARGER));
                     mismatch.missing.push(names.to_file(&param.name).unwrap_or_else(|| param.name.clone()));
                     hints.extend(head.then_some(HEAD));
                 }
@@ -145,7 +146,10 @@ impl Checkpoint {
                 None => {
                     hints.extend(head.then_some(HEAD));
                     hints.extend(is_position(name).then_some(POSITION));
-                    hints.extend(kept(name, shape, &param.shape).map(|_| INHERIT));
+                    match kept(name, shape, &param.shape) {
+                        Some(_) => hints.insert(INHERIT),
+                        None => options.inherit && hints.insert(LARGER),
+                    };
                     mismatch.wrong_shape.push((source, shape.to_vec(), param.shape.clone()));
                     continue;
                 }
@@ -202,6 +206,8 @@ impl Takeover {
 
 const HEAD: &str = "`resize = [\"head\"]` leaves the file's head and starts the model's own anew";
 const POSITION: &str = "`resize = [\"position\"]` resizes the position embedding to the model's grid";
+const LARGER: &str =
+    "`inherit` takes from a larger model of the same family: one with as many layers and channels, or more";
 const INHERIT: &str = "`inherit = true` takes layers and channels of a larger model of the same family";
 
 impl How {

@@ -124,12 +124,12 @@ impl Model {
         store: &ParamStore,
         settings: &Settings,
     ) -> Result<Self, RunError> {
-        let head = head
-            .map(|head| Encoder::embeddings(head.as_ref(), text.dim(), batch, store, settings.kernels))
-            .transpose()?;
+        let compute = settings.compute()?;
+        let head =
+            head.map(|head| Encoder::embeddings(head.as_ref(), text.dim(), batch, store, &compute)).transpose()?;
         let (transform, normalize) = evaluation_view(tower);
         Ok(Self {
-            image: Encoder::images(tower as &dyn ImageTower, batch, store, settings.kernels)?,
+            image: Encoder::images(tower as &dyn ImageTower, batch, store, &compute)?,
             text,
             head,
             transform,
@@ -359,7 +359,8 @@ impl RunEvaluation {
                 let (owner, text) = models.text_of(at).ok_or_else(lost)?;
                 let stage = teacher_stage(&self.resolved, owner).ok_or_else(lost)?;
                 let store = read_own(&context.input(&stage)?.join(WEIGHTS), &[text_graph(text)?])?.store;
-                (tower, CaptionEncoder::new(text, text.tokenize(), Arc::new(store), context.settings.kernels)?, None)
+                let compute = context.settings.compute()?;
+                (tower, CaptionEncoder::new(text, text.tokenize(), Arc::new(store), &compute)?, None)
             }
         };
         let store = read_own(&file, &[image_graph(tower)?])?.store;

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use mcpipe_models::export::{Student, StudentText as ExportText, export_open_clip, export_timm};
+use mcpipe_models::export::{Student, StudentText as ExportText, export_open_clip, export_timm, name_note};
 use mcpipe_models::projection::INIT_LOGIT_SCALE;
 use mcpipe_spec::ExportFormat;
 use serde_json::{Value, json};
@@ -108,6 +108,9 @@ impl Stage for Export {
             projection: model.projection.map(|(projection, _)| (projection, PROJECTION)),
             batches: training.steps * training.accumulate as u64,
         };
+        if let Some(note) = name_note(student.backbone) {
+            (context.tell)(Event::Warning(format!("{}: {note}", student.backbone.name())));
+        }
         let mut written = Vec::new();
         for format in &self.resolved.spec().export.formats {
             match format {

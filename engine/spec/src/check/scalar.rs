@@ -168,6 +168,11 @@ impl<'a> Checker<'a> {
                     .with_help("a name starts with a letter or digit; letters, digits, `.`, `_` and `-` follow")
             });
         }
+        if text(schema, "pattern") == Some(crate::types::DEVICE_PATTERN) && !is_device(value) {
+            self.report(Code::UnknownDevice, node, format!("there is no device `{value}`"), |d| {
+                d.with_choices(value, "devices", ["auto", "cpu", "cuda", "cuda:N"])
+            });
+        }
         if schema.get("x-mcpipe-template").is_some() && !value.contains("{c}") {
             self.template(node, value);
         }
@@ -207,6 +212,11 @@ impl<'a> Checker<'a> {
 fn is_name(value: &str) -> bool {
     value.starts_with(|c: char| c.is_ascii_alphanumeric())
         && value.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-'))
+}
+
+fn is_device(value: &str) -> bool {
+    let index = |i: &str| (1..=3).contains(&i.len()) && i.bytes().all(|b| b.is_ascii_digit());
+    matches!(value, "auto" | "cpu" | "cuda") || value.strip_prefix("cuda:").is_some_and(index)
 }
 
 fn equals(value: &Value, constant: &Schema) -> bool {

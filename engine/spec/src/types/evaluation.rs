@@ -4,7 +4,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::markers::TemplateText;
-use super::{NAME_PATTERN, Params};
+use super::{DEVICE_PATTERN, NAME_PATTERN, Params};
 
 /// An evaluation of the student.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -87,4 +87,9 @@ pub struct Run {
     /// Threads for computing; 0: one for each core. Bits of the result depend on this number.
     #[schemars(range(max = 4096))]
     pub threads: usize,
+    /// What trainings and evaluations run on: `cpu`, `cuda` (the first GPU), `cuda:N` (GPU number N, from 0), or `auto`: the
+    /// first GPU, and where none can be used the CPU. Absent: `auto`. Bits of the result differ between CPU and GPU.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("pattern" = DEVICE_PATTERN))]
+    pub device: Option<String>,
 }

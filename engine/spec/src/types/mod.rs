@@ -109,6 +109,9 @@ impl Spec {
     }
 }
 
+/// What names a device.
+pub(crate) const DEVICE_PATTERN: &str = "^(auto|cpu|cuda(:[0-9]{1,3})?)$";
+
 /// Names become parts of file names, so they keep to characters that are safe in one.
 pub(crate) const NAME_PATTERN: &str = "^[A-Za-z0-9][A-Za-z0-9._-]*$";
 

@@ -69,7 +69,10 @@ pub enum Precision {
     /// 32 bits, nothing is rounded.
     #[default]
     F32,
-    /// bfloat16, 8 bits of mantissa: faster on CPUs with AVX512_BF16, correct but slower on others.
+    /// On a GPU, products round their operands to 10 bits of mantissa; the CPU computes in 32 bits.
+    Tf32,
+    /// bfloat16, 8 bits of mantissa. On a GPU activations are kept in it too; on CPUs it is faster with AVX512_BF16, correct
+    /// but slower on others.
     Bf16,
 }
 

@@ -136,18 +136,19 @@ impl Level for Attention {
         Some(vec![pair.batch, rows, n])
     }
 
-    fn finish_target(&self, computed: &[f32], pair: Pairing<'_>, target: &mut Vec<f32>) {
-        target.clear();
-        match tokens(pair.student) {
-            Some((prefix, n)) if !same_tokens(pair) => {
-                for row in computed.chunks_exact(n - prefix) {
-                    let sum: f32 = row.iter().sum();
-                    target.extend(std::iter::repeat_n(0.0, prefix));
-                    target.extend(row.iter().map(|p| p / sum));
-                }
-            }
-            _ => target.extend_from_slice(computed),
+    fn finishes_target(&self, pair: Pairing<'_>) -> bool {
+        tokens(pair.student).is_some() && !same_tokens(pair)
+    }
+
+    fn finish_target(&self, computed: &[f32], pair: Pairing<'_>) -> Option<Vec<f32>> {
+        let (prefix, n) = tokens(pair.student).filter(|_| !same_tokens(pair))?;
+        let mut target = Vec::with_capacity(computed.len() / (n - prefix).max(1) * n);
+        for row in computed.chunks_exact(n - prefix) {
+            let sum: f32 = row.iter().sum();
+            target.extend(std::iter::repeat_n(0.0, prefix));
+            target.extend(row.iter().map(|p| p / sum));
         }
+        Some(target)
     }
 
     fn tap_loss(

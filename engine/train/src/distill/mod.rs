@@ -193,10 +193,15 @@ pub trait Level: Debug + Send + Sync {
         None
     }
 
-    /// Turns what [`tap_target`](Self::tap_target) computed into the target, on the host.
-    fn finish_target(&self, computed: &[f32], _: Pairing<'_>, target: &mut Vec<f32>) {
-        target.clear();
-        target.extend_from_slice(computed);
+    /// The target made of what [`tap_target`](Self::tap_target) computed, where ops can't express it and the host must;
+    /// else none, and what was computed is the target.
+    fn finish_target(&self, _: &[f32], _: Pairing<'_>) -> Option<Vec<f32>> {
+        None
+    }
+
+    /// Whether [`finish_target`](Self::finish_target) does anything.
+    fn finishes_target(&self, _: Pairing<'_>) -> bool {
+        false
     }
 
     /// Adds the loss of a pair to the student's graph: a scalar, mean over samples. Its parameters lie under `path`.

@@ -1,6 +1,7 @@
 //! AdamW (Loshchilov & Hutter 2019).
 
 use mcpipe_cpu::optim::adamw_step;
+use mcpipe_cuda::optim::Rule;
 use mcpipe_spec::params_schema;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -49,6 +50,11 @@ impl Optimizer for AdamW {
 
     fn slots(&self) -> &'static [&'static str] {
         &["m", "v"]
+    }
+
+    fn rule(&self) -> Option<Rule> {
+        let betas = self.betas.map(|b| b as f32);
+        Some(Rule::Adamw { betas, eps: self.eps as f32, weight_decay: self.weight_decay as f32 })
     }
 
     fn update(&self, a: Update<'_>, params: &mut [f32], state: &mut [Vec<f32>]) {

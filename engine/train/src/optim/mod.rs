@@ -6,6 +6,7 @@ mod sgd;
 use std::fmt::Debug;
 use std::sync::Arc;
 
+use mcpipe_cuda::optim::Rule;
 use mcpipe_graph::{Grads, ParamKind, ParamStore};
 use mcpipe_spec::{Component, ComponentKind, Params, ParamsError};
 use schemars::{Schema, SchemaGenerator};
@@ -38,6 +39,11 @@ pub trait Optimizer: Debug + Send + Sync {
 
     /// Names of what it keeps for each parameter, each as long as the parameter and zero at the start.
     fn slots(&self) -> &'static [&'static str];
+
+    /// The device's word for it; none where it runs on the CPU alone.
+    fn rule(&self) -> Option<Rule> {
+        None
+    }
 
     /// Updates one parameter. `state` has one vector for each of [`slots`](Self::slots).
     fn update(&self, a: Update<'_>, params: &mut [f32], state: &mut [Vec<f32>]);

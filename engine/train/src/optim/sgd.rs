@@ -1,6 +1,7 @@
 //! Stochastic gradient descent with momentum.
 
 use mcpipe_cpu::optim::sgd_step;
+use mcpipe_cuda::optim::Rule;
 use mcpipe_spec::params_schema;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -48,6 +49,11 @@ impl Optimizer for Sgd {
 
     fn slots(&self) -> &'static [&'static str] {
         &["velocity"]
+    }
+
+    fn rule(&self) -> Option<Rule> {
+        let (momentum, weight_decay) = (self.momentum as f32, self.weight_decay as f32);
+        Some(Rule::Sgd { momentum, nesterov: self.nesterov, weight_decay })
     }
 
     fn update(&self, a: Update<'_>, params: &mut [f32], state: &mut [Vec<f32>]) {

@@ -4,16 +4,15 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use super::*;
-use crate::step::Step;
 
 fn gradients(setup: TrainSetup, batch: &Batch) -> (Vec<f64>, Vec<Vec<f32>>) {
     let setup = Rc::new(setup);
     let mut store = setup.initial.clone();
-    let mut step = Step::new(Rc::clone(&setup), &mut store).unwrap();
+    let mut step = on_the_cpu(&setup, &mut store);
     let averages = vec![Average::new("mean", &store, 0.9, None)];
     let mut weights = vec![0.4];
     weights.extend(setup.objective.terms.iter().map(|t| t.weight));
-    let values = step.run(&mut store, &averages, batch, 0, &weights).unwrap();
+    let values = step.pass(&mut store, &averages, batch, 0, &weights).unwrap();
     (values.terms, step.grads.all().to_vec())
 }
 
@@ -52,7 +51,7 @@ fn four_parts_give_the_gradient_of_one() {
 
 /// A residual map with stochastic depth behind another tower.
 #[derive(Clone, Debug)]
-struct Dropping(ConvTower);
+pub(super) struct Dropping(pub ConvTower);
 
 impl ImageTower for Dropping {
     fn image_size(&self) -> usize {
@@ -84,8 +83,8 @@ fn stochastic_depth_drops_the_same_samples_in_parts_and_others_at_each_step() {
     let at = |accumulate: usize, number: u64| {
         let setup = Rc::new(setup(accumulate));
         let mut store = setup.initial.clone();
-        let mut step = Step::new(Rc::clone(&setup), &mut store).unwrap();
-        step.run(&mut store, &[], &batch, number, &[1.0]).unwrap();
+        let mut step = on_the_cpu(&setup, &mut store);
+        step.pass(&mut store, &[], &batch, number, &[1.0]).unwrap();
         step.grads.all().to_vec()
     };
     let whole = at(1, 0);

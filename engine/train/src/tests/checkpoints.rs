@@ -2,11 +2,13 @@
 
 use std::fs;
 
+use super::accumulate::Dropping;
 use super::*;
 
-/// All that makes a resume hard: averages, batch statistics, mixing, parts, a plateau, skipped steps.
+/// All that makes a resume hard: averages, batch statistics, mixing, parts, a plateau, skipped steps, stochastic depth.
 fn hard() -> TrainSetup {
     let mut s = everything(true, training(12, 4, 2));
+    s.model.image = Arc::new(Dropping(ConvTower { path: "visual", channels: 4, batch_norm: true, dim: 6 }));
     s.average = Some(AverageSetup { momentum: 0.8, evaluate: true });
     s.training.clip_norm = Some(0.5);
     let plateau =
@@ -183,4 +185,49 @@ fn a_checkpoint_that_can_t_be_written_leaves_the_one_before() {
     let e = trainer.save(&checkpoints).unwrap_err();
     assert!(e.to_string().contains(".step-000002.tmp"), "{e}");
     assert_eq!(checkpoints.latest().unwrap(), Some(path), "the good one stays");
+}
+
+/// Blocks of 512 bytes between the sizes of the two tensor files of [`wide`]'s checkpoint.
+#[cfg(unix)]
+const LIMIT: &str = "48";
+
+#[cfg(unix)]
+fn wide() -> TrainSetup {
+    let tower = ConvTower { path: "visual", channels: 32, batch_norm: false, dim: 6 };
+    setup(Arc::new(tower), training(5, 4, 1))
+}
+
+/// A disk that fills up within the write, for which a limit on the size of files stands in: this test runs itself
+/// once more under that limit, as the process that writes.
+#[cfg(unix)]
+#[test]
+fn a_write_that_stops_halfway_leaves_the_checkpoint_before() {
+    const FOLDER: &str = "MCPIPE_TEST_CHECKPOINTS";
+    if let Some(dir) = std::env::var_os(FOLDER) {
+        let checkpoints = Checkpoints::new(dir, 1);
+        let mut trainer = Trainer::new(wide()).unwrap();
+        trainer.restore(&Checkpoint::open(&checkpoints.latest().unwrap().unwrap()).unwrap()).unwrap();
+        trainer.one(&Random::new(4, false).batch(1)).unwrap();
+        let text = trainer.save(&checkpoints).unwrap_err().to_string();
+        assert!(text.contains(".step-000002.tmp/state.safetensors: can't write: "), "{text}");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = saved(wide(), dir.path());
+    let size = |file: &str| fs::metadata(path.join(file)).unwrap().len();
+    let limit = 512 * LIMIT.parse::<u64>().unwrap();
+    assert!(size("model.safetensors") < limit && limit < size("state.safetensors"));
+    // Without the signal, a write beyond the limit is an error like that of a full disk.
+    let child = std::process::Command::new("sh")
+        .args(["-c", "trap '' XFSZ; ulimit -f \"$0\"; exec \"$@\"", LIMIT])
+        .arg(std::env::current_exe().unwrap())
+        .args(["--exact", "tests::checkpoints::a_write_that_stops_halfway_leaves_the_checkpoint_before"])
+        .env(FOLDER, dir.path())
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&child.stdout);
+    assert!(child.status.success() && said.contains("1 passed"), "{said}");
+    let left: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().path()).collect();
+    assert_eq!(left, [path], "nothing of the new one, all of the old one");
+    assert!(Checkpoints::new(dir.path(), 1).newest_whole().unwrap().0.is_some());
 }

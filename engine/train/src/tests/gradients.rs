@@ -4,22 +4,21 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use super::*;
-use crate::step::Step;
 
 /// Each parameter tensor is moved along its own random direction.
 fn check(setup: TrainSetup, mix: bool) {
     let setup = Rc::new(setup);
     let mut store = setup.initial.clone();
-    let mut step = Step::new(Rc::clone(&setup), &mut store).unwrap();
+    let mut step = on_the_cpu(&setup, &mut store);
     let averages = vec![Average::new("mean", &store, 0.9, None)];
     let batch = Random::new(setup.training.batch_size, mix).batch(0);
     let lambda = setup.objective.lambda;
     let mut weights = vec![1.0 - lambda];
     weights.extend(setup.objective.terms.iter().map(|t| lambda * t.weight));
-    let values = step.run(&mut store, &averages, &batch, 0, &weights).unwrap();
+    let values = step.pass(&mut store, &averages, &batch, 0, &weights).unwrap();
     assert!(values.finite, "{values:?}");
     let grads = step.grads.clone();
-    let trained = step.trained(&store);
+    let trained = crate::step::trained(&crate::graphs::Graphs::new(&setup).unwrap(), &store);
     let names: Vec<String> = store.params().iter().map(|p| p.name.clone()).collect();
     let mut checked = 0;
     for (i, name) in names.iter().enumerate().filter(|(i, _)| trained[*i]) {
@@ -31,7 +30,7 @@ fn check(setup: TrainSetup, mix: bool) {
         let mut at = |eps: f32| {
             let mut moved = store.clone();
             moved.params_mut()[i].data.iter_mut().zip(&direction).for_each(|(p, d)| *p += eps * d);
-            step.run(&mut moved, &averages, &batch, 0, &weights).unwrap().total
+            step.pass(&mut moved, &averages, &batch, 0, &weights).unwrap().total
         };
         // Two step widths (Richardson), so that curvature does not decide.
         let eps = 8e-3;

@@ -5,15 +5,14 @@ use std::sync::Arc;
 
 use super::*;
 use crate::distill::{Problem, terms};
-use crate::step::Step;
 
 fn losses(setup: TrainSetup, batch: &Batch) -> Vec<f64> {
     let setup = Rc::new(setup);
     let mut store = setup.initial.clone();
-    let mut step = Step::new(Rc::clone(&setup), &mut store).unwrap();
+    let mut step = on_the_cpu(&setup, &mut store);
     let averages = vec![Average::new("mean", &store, 0.9, None)];
     let weights = vec![1.0; 1 + setup.objective.terms.len()];
-    step.run(&mut store, &averages, batch, 0, &weights).unwrap().terms
+    step.pass(&mut store, &averages, batch, 0, &weights).unwrap().terms
 }
 
 fn unit(x: &[f32], dim: usize) -> Vec<Vec<f64>> {
@@ -55,10 +54,10 @@ fn embed(s: &TrainSetup, batch: &Batch) -> Embedded {
     let mut store = s.initial.clone();
     let tower = s.model.image.as_ref();
     Encoder::init_images(tower, &mut store, s.seed).unwrap();
-    let mut encoder = Encoder::images(tower, 3, &store, s.kernels).unwrap();
+    let mut encoder = Encoder::images(tower, 3, &store, &s.compute).unwrap();
     let image = encoder.encode_images(&store, &batch.views[0]).unwrap();
     let TeacherModel::Frozen { image: Some(theirs), text: Some(text), .. } = &s.teachers[0].model else { panic!() };
-    let mut other = Encoder::images(theirs.tower.as_ref(), 2, &theirs.store, s.kernels).unwrap();
+    let mut other = Encoder::images(theirs.tower.as_ref(), 2, &theirs.store, &s.compute).unwrap();
     let teacher = other.encode_images(&theirs.store, &batch.views[0]).unwrap();
     let texts = |i: usize| unit(&s.texts[i].embed(&batch.captions).unwrap(), s.texts[i].dim());
     Embedded {

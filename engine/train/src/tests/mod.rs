@@ -2,11 +2,13 @@
 
 mod accumulate;
 mod checkpoints;
+mod device;
 mod gradients;
 mod levels;
 mod non_finite;
 mod steps;
 
+use std::rc::Rc;
 use std::sync::Arc;
 
 use mcpipe_data::Rng;
@@ -15,7 +17,16 @@ use mcpipe_models::{ModelError, Tap, TapInfo, TapShape};
 use mcpipe_spec::{NonFinite, Training};
 
 use crate::distill::level;
+use crate::graphs::Graphs;
+use crate::machine::CpuMachine;
 use crate::*;
+
+/// The CPU's steps; completes `store`.
+pub(super) fn on_the_cpu(setup: &Rc<TrainSetup>, store: &mut ParamStore) -> CpuMachine {
+    let graphs = Graphs::new(setup).unwrap();
+    graphs.trained().into_iter().for_each(|g| store.init(g, setup.seed).unwrap());
+    CpuMachine::new(Rc::clone(setup), graphs, store, Kernels::Native).unwrap()
+}
 
 pub(super) const SIDE: usize = 8;
 const CONTEXT: usize = 6;
@@ -120,7 +131,7 @@ pub(super) fn caption_encoder(dim: usize, seed: u64) -> CaptionEncoder {
     let tower = BagOfTokens { dim };
     let mut store = ParamStore::default();
     Encoder::init_captions(&tower, &mut store, seed).unwrap();
-    CaptionEncoder::new(&tower, tokenize(), Arc::new(store), Kernels::Native).unwrap()
+    CaptionEncoder::new(&tower, tokenize(), Arc::new(store), &Compute::default()).unwrap()
 }
 
 pub(super) fn frozen(name: &str, tower: Arc<dyn ImageTower>, text: Option<usize>, seed: u64) -> Teacher {
@@ -170,7 +181,7 @@ pub(super) fn setup(image: Arc<dyn ImageTower>, training: Training) -> TrainSetu
         schedule: LrConfig::Constant(Constant::default()),
         training,
         seed: 3,
-        kernels: Kernels::Native,
+        compute: Compute::default(),
         identity: "tests".into(),
     }
 }

@@ -31,7 +31,8 @@ fn golden_losses() {
 
 #[test]
 fn the_dfdx_formulations_give_the_same_losses() {
-    let run_with = |kernels| run(TrainSetup { kernels, ..everything(true, training(2, 4, 1)) }).1;
+    let run_with =
+        |kernels| run(TrainSetup { compute: Compute::Cpu(kernels), ..everything(true, training(2, 4, 1)) }).1;
     let (own, reference) = (run_with(Kernels::Native), run_with(Kernels::Reference));
     for (a, b) in own.steps.iter().zip(&reference.steps) {
         assert!((a.loss - b.loss).abs() < 1e-4 && (a.grad_norm - b.grad_norm).abs() < 1e-3, "{a:?} {b:?}");
@@ -178,7 +179,7 @@ fn dimensions_must_be_joined() {
 fn the_plan_counts_what_a_step_needs() {
     let mut s = everything(true, training(5, 8, 1));
     s.average = Some(AverageSetup { momentum: 0.9, evaluate: false });
-    let one = StepPlan::new(&s).unwrap();
+    let one = StepPlan::new(&s, false).unwrap();
     let names: Vec<&str> = one.parts.iter().map(|p| p.name.as_str()).collect();
     assert_eq!(
         names,
@@ -191,7 +192,7 @@ fn the_plan_counts_what_a_step_needs() {
     let all: usize = trainer.store().params().iter().map(|p| p.data.len()).sum();
     assert_eq!(one.average_bytes, 2 * 4 * all);
     s.training.accumulate = 4;
-    let four = StepPlan::new(&s).unwrap();
+    let four = StepPlan::new(&s, false).unwrap();
     assert!(four.parts[0].activation_bytes * 3 < one.parts[0].activation_bytes);
     assert!(four.flops() > one.flops() && four.bytes() < one.bytes());
 }
