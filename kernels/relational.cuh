@@ -62,15 +62,15 @@ __device__ __forceinline__ float lg2(float x) {
 static inline float ex2(float x) { return exp2f(x); }
 static inline float lg2(float x) { return log2f(x); }
 #endif
-__device__ __forceinline__ float log2_of(float x, float) { return lg2(x); }
-__device__ __forceinline__ double log2_of(float x, double) { return log2((double)x); }
+__device__ __forceinline__ float log2_of(float x) { return lg2(x); }
+__device__ __forceinline__ double log2_of(double x) { return log2(x); }
 
 constexpr unsigned FULL = 0xffffffffu;
 
 // ---- sums over the lanes that share rows or columns ---------------------------------------------------------------
 
 struct Sum {
-  __device__ __forceinline__ float operator()(float a, float b) const { return a + b; }
+  template <class T> __device__ __forceinline__ T operator()(T a, T b) const { return a + b; }
 };
 // NaN is dropped; it comes back through the sums.
 struct Max {
@@ -113,6 +113,12 @@ template <int MF> struct Rows {
   // Whether the lane's are not another lane's too.
   static __device__ __forceinline__ bool mine(int lane) { return MF > 1 || !(lane & 2); }
   static __device__ __forceinline__ int place(int r, int lane) { return 16 * (r >> 1) + (lane >> 2) + 8 * (r & 1); }
+  static constexpr __device__ __forceinline__ int of(int m, int, int e) { return 2 * m + e / 2; }
+  // Largest over the lanes that share a row; all of them get it.
+  template <class T> static __device__ __forceinline__ T max(T v) {
+    v = Max()(v, __shfl_xor_sync(FULL, v, 1));
+    return Max()(v, __shfl_xor_sync(FULL, v, 2));
+  }
 };
 
 // The same of columns, which eight lanes share.
@@ -140,28 +146,20 @@ template <int NF> struct Columns {
     return N >= 8 || (N == 4 ? !(lane & 16) : !(lane & 24));
   }
   static __device__ __forceinline__ int place(int c, int lane) { return 8 * (c >> 1) + 2 * (lane & 3) + (c & 1); }
+  static constexpr __device__ __forceinline__ int of(int, int n, int e) { return 2 * n + e % 2; }
+  template <class T> static __device__ __forceinline__ T max(T v) {
+    v = Max()(v, __shfl_xor_sync(FULL, v, 4));
+    v = Max()(v, __shfl_xor_sync(FULL, v, 8));
+    return Max()(v, __shfl_xor_sync(FULL, v, 16));
+  }
 };
-
-// Largest over the lanes that share a row or column; all of them get it.
-template <class T> __device__ __forceinline__ T row_max(T v) {
-  Max op;
-  v = op(v, __shfl_xor_sync(FULL, v, 1));
-  return op(v, __shfl_xor_sync(FULL, v, 2));
-}
-template <class T> __device__ __forceinline__ T column_max(T v) {
-  Max op;
-  v = op(v, __shfl_xor_sync(FULL, v, 4));
-  v = op(v, __shfl_xor_sync(FULL, v, 8));
-  return op(v, __shfl_xor_sync(FULL, v, 16));
-}
 
 // ---- statistics of a part of a row or column -----------------------------------------------------------------------
 
 // Of logits x in base 2 with weights w = 2^x, and of what is averaged over them: Σ w·2^-top and Σ w·y·2^-top. A part
 // without elements has top −∞.
 template <class Real> struct Part {
-  Real top;
-  float sum, weighted;
+  Real top, sum, weighted;
 
   __device__ __forceinline__ void add(const Part& p) {
     if (p.top == -(Real)INFINITY) return;
@@ -172,8 +170,8 @@ template <class Real> struct Part {
     top = high;
   }
   // log₂ Σ w.
-  __device__ __forceinline__ Real log_sum() const { return top + log2_of(sum, Real()); }
-  __device__ __forceinline__ Real average() const { return sum == 0.0f ? Real(0) : (Real)weighted / (Real)sum; }
+  __device__ __forceinline__ Real log_sum() const { return top + log2_of(sum); }
+  __device__ __forceinline__ Real average() const { return sum == Real(0) ? Real(0) : weighted / sum; }
 };
 
 // Beyond this a sum of many 2^x without a reference could leave f32's range.
@@ -194,83 +192,74 @@ __device__ __forceinline__ void mask(Real (&x)[MF][NF][4], int lane, int row0, i
       }
 }
 
-// Sums of a warp's tile by rows and by columns, dealt out to the lanes as `Rows` and `Columns` say: of the weights 2^x, and
-// with AVERAGE of 2^x·y. `y(m, n, e)` gives what is averaged. x is in range for plain sums, or else every row and column is
-// taken relative to its largest.
+// Sums of a warp's tile by rows or by columns (`Lines`), dealt out to the lanes as `Lines` says: of the weights 2^x, and with
+// AVERAGE of 2^x·y, where `y(m, n, e)` gives what is averaged. Each relative to the largest x of the row or column.
+template <bool AVERAGE, class Lines, int MF, int NF, class Real, class Y>
+__device__ __forceinline__ void line_sums(const Real (&x)[MF][NF][4], Y y, int lane, Part<Real> (&out)[Lines::OWN]) {
+  constexpr int N = Lines::N;
+  Real top[N], sum[N] = {}, weighted[N] = {};
+#pragma unroll
+  for (int i = 0; i < N; i++) top[i] = -(Real)INFINITY;
+#pragma unroll
+  for (int m = 0; m < MF; m++)
+#pragma unroll
+    for (int n = 0; n < NF; n++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) top[Lines::of(m, n, e)] = Max()(top[Lines::of(m, n, e)], x[m][n][e]);
+#pragma unroll
+  for (int i = 0; i < N; i++) {
+    top[i] = Lines::max(top[i]);
+    // One without elements, or of NaN alone, is taken as it is.
+    if (top[i] == -(Real)INFINITY) top[i] = 0;
+  }
+#pragma unroll
+  for (int m = 0; m < MF; m++)
+#pragma unroll
+    for (int n = 0; n < NF; n++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        float w = ex2((float)(x[m][n][e] - top[Lines::of(m, n, e)]));
+        sum[Lines::of(m, n, e)] += w;
+        // What has no weight may be infinite.
+        if constexpr (AVERAGE) weighted[Lines::of(m, n, e)] += w == 0.0f ? Real(0) : w * y(m, n, e);
+      }
+  Lines::reduce(sum, lane, Sum());
+  Lines::select(top, lane);
+  if constexpr (AVERAGE) Lines::reduce(weighted, lane, Sum());
+#pragma unroll
+  for (int i = 0; i < Lines::OWN; i++) out[i] = {top[i], sum[i], weighted[i]};
+}
+
+// Both directions at once, with one exponential an element: x must be in range for sums without a reference.
 template <bool AVERAGE, int MF, int NF, class Real, class Y>
-__device__ __forceinline__ void tile_sums(const Real (&x)[MF][NF][4], Y y, int lane, bool plain,
-                                          Part<Real> (&by_row)[Rows<MF>::OWN], Part<Real> (&by_col)[Columns<NF>::OWN]) {
-  constexpr int R = 2 * MF, C = 2 * NF;
-  float rows[R] = {}, cols[C] = {}, row_w[R] = {}, col_w[C] = {};
-  Real row_top[R] = {}, col_top[C] = {};
-  if (plain) {
+__device__ __forceinline__ void plain_sums(const Real (&x)[MF][NF][4], Y y, int lane, Part<Real> (&by_row)[Rows<MF>::OWN],
+                                           Part<Real> (&by_col)[Columns<NF>::OWN]) {
+  using R = Rows<MF>;
+  using C = Columns<NF>;
+  Real rows[R::N] = {}, cols[C::N] = {}, row_w[R::N] = {}, col_w[C::N] = {};
 #pragma unroll
-    for (int m = 0; m < MF; m++)
+  for (int m = 0; m < MF; m++)
 #pragma unroll
-      for (int n = 0; n < NF; n++)
+    for (int n = 0; n < NF; n++)
 #pragma unroll
-        for (int e = 0; e < 4; e++) {
-          float w = ex2((float)x[m][n][e]);
-          rows[2 * m + e / 2] += w, cols[2 * n + e % 2] += w;
-          if constexpr (AVERAGE) {
-            w *= y(m, n, e);
-            row_w[2 * m + e / 2] += w, col_w[2 * n + e % 2] += w;
-          }
+      for (int e = 0; e < 4; e++) {
+        float w = ex2((float)x[m][n][e]);
+        rows[R::of(m, n, e)] += w, cols[C::of(m, n, e)] += w;
+        if constexpr (AVERAGE) {
+          Real value = w * y(m, n, e);
+          row_w[R::of(m, n, e)] += value, col_w[C::of(m, n, e)] += value;
         }
-  } else {
-#pragma unroll
-    for (int r = 0; r < R; r++) row_top[r] = -(Real)INFINITY;
-#pragma unroll
-    for (int c = 0; c < C; c++) col_top[c] = -(Real)INFINITY;
-#pragma unroll
-    for (int m = 0; m < MF; m++)
-#pragma unroll
-      for (int n = 0; n < NF; n++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-          row_top[2 * m + e / 2] = Max()(row_top[2 * m + e / 2], x[m][n][e]);
-          col_top[2 * n + e % 2] = Max()(col_top[2 * n + e % 2], x[m][n][e]);
-        }
-    // A row or column without elements, or of NaN alone, is taken as it is.
-#pragma unroll
-    for (int r = 0; r < R; r++) {
-      row_top[r] = row_max(row_top[r]);
-      if (row_top[r] == -(Real)INFINITY) row_top[r] = 0;
-    }
-#pragma unroll
-    for (int c = 0; c < C; c++) {
-      col_top[c] = column_max(col_top[c]);
-      if (col_top[c] == -(Real)INFINITY) col_top[c] = 0;
-    }
-#pragma unroll
-    for (int m = 0; m < MF; m++)
-#pragma unroll
-      for (int n = 0; n < NF; n++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-          float w = ex2((float)(x[m][n][e] - row_top[2 * m + e / 2]));
-          float v = ex2((float)(x[m][n][e] - col_top[2 * n + e % 2]));
-          rows[2 * m + e / 2] += w, cols[2 * n + e % 2] += v;
-          if constexpr (AVERAGE) {
-            // What has no weight may be infinite.
-            float value = y(m, n, e);
-            row_w[2 * m + e / 2] += w == 0.0f ? 0.0f : w * value;
-            col_w[2 * n + e % 2] += v == 0.0f ? 0.0f : v * value;
-          }
-        }
-  }
-  Rows<MF>::reduce(rows, lane, Sum());
-  Columns<NF>::reduce(cols, lane, Sum());
-  Rows<MF>::select(row_top, lane);
-  Columns<NF>::select(col_top, lane);
+      }
+  R::reduce(rows, lane, Sum());
+  C::reduce(cols, lane, Sum());
   if constexpr (AVERAGE) {
-    Rows<MF>::reduce(row_w, lane, Sum());
-    Columns<NF>::reduce(col_w, lane, Sum());
+    R::reduce(row_w, lane, Sum());
+    C::reduce(col_w, lane, Sum());
   }
 #pragma unroll
-  for (int i = 0; i < Rows<MF>::OWN; i++) by_row[i] = {row_top[i], rows[i], row_w[i]};
+  for (int i = 0; i < R::OWN; i++) by_row[i] = {0, rows[i], row_w[i]};
 #pragma unroll
-  for (int i = 0; i < Columns<NF>::OWN; i++) by_col[i] = {col_top[i], cols[i], col_w[i]};
+  for (int i = 0; i < C::OWN; i++) by_col[i] = {0, cols[i], col_w[i]};
 }
 
 // ---- targets -------------------------------------------------------------------------------------------------------

@@ -64,13 +64,13 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   int wide = (p.cols + SIDE - 1) / SIDE, first = (int)((i64)wide * part / parts);
   int last = (int)((i64)wide * (part + 1) / parts);
   Part<double>* held = (Part<double>*)room;
-  for (int i = threadIdx.x; i < (1 + K) * 8 * SIDE; i += THREADS) held[i] = {-(double)INFINITY, 0.0f, 0.0f};
+  for (int i = threadIdx.x; i < (1 + K) * 8 * SIDE; i += THREADS) held[i] = {-(double)INFINITY, 0.0, 0.0};
   __syncthreads();
 
   int row = row0 + tile * SIDE;
   double* columns = col_parts + (i64)tile * (1 + 2 * K) * p.col_stride;
   Statistics<4, 1, double> s = {p, targets, lane, row, (double)load(scale, 0) * LOG2E_WIDE, dots != nullptr,
-                                held + warp * SIDE, 8 * SIDE, columns, K, 0.0, 0.0};
+                                held + warp * SIDE, 8 * SIDE, columns, 0.0, 0.0};
   for (int j = first; j < last; j++) {
     double x[4][1][4], y[4][1][4];
     multiply(sides, p, 0, row, j * SIDE, left, right, x);

@@ -18,28 +18,41 @@ template <int MF, int NF, class Real> struct Statistics {
   Part<Real>* room;  // [set][...][rows]: the warp's rows, running
   int room_stride;   // from one set to the next
   Real* columns;     // [quantity][col_stride]: the partials of the warp's rows
-  int teachers;      // of this launch
   Real dot_row, dot_col;
 
-  __device__ __forceinline__ void keep(int set, Part<Real> (&rows)[Rows<MF>::OWN], Part<Real> (&cols)[Columns<NF>::OWN],
-                                       int col0) {
-    if (Rows<MF>::mine(lane)) {
+  __device__ __forceinline__ void keep_rows(int set, const Part<Real> (&rows)[Rows<MF>::OWN]) {
+    if (!Rows<MF>::mine(lane)) return;
 #pragma unroll
-      for (int i = 0; i < Rows<MF>::OWN; i++) {
-        Part<Real>* at = room + (i64)set * room_stride + Rows<MF>::place(Rows<MF>::first(lane) + i, lane);
-        Part<Real> held = *at;
-        held.add(rows[i]);
-        *at = held;
-      }
+    for (int i = 0; i < Rows<MF>::OWN; i++) {
+      Part<Real>* at = room + set * room_stride + Rows<MF>::place(Rows<MF>::first(lane) + i, lane);
+      Part<Real> held = *at;
+      held.add(rows[i]);
+      *at = held;
     }
-    if (Columns<NF>::mine(lane)) {
+  }
+
+  __device__ __forceinline__ void keep_columns(int set, const Part<Real> (&cols)[Columns<NF>::OWN], int col0) {
+    if (!Columns<NF>::mine(lane)) return;
 #pragma unroll
-      for (int i = 0; i < Columns<NF>::OWN; i++) {
-        i64 j = col0 + Columns<NF>::place(Columns<NF>::first(lane) + i, lane);
-        columns[(i64)set * p.col_stride + j] = cols[i].log_sum();
-        if (set > 0) columns[(i64)(teachers + set) * p.col_stride + j] = cols[i].average();
-      }
+    for (int i = 0; i < Columns<NF>::OWN; i++) {
+      i64 j = col0 + Columns<NF>::place(Columns<NF>::first(lane) + i, lane);
+      columns[(i64)set * p.col_stride + j] = cols[i].log_sum();
+      if (set > 0) columns[(i64)(p.teachers + set) * p.col_stride + j] = cols[i].average();
     }
+  }
+
+  template <bool AVERAGE, class Y> __device__ __forceinline__ void sums(int set, Tile& x, Y y, int col0) {
+    Part<Real> rows[Rows<MF>::OWN], cols[Columns<NF>::OWN];
+    if (sizeof(Real) == 4 && plain(x, col0)) {
+      plain_sums<AVERAGE, MF, NF>(x, y, lane, rows, cols);
+      keep_rows(set, rows);
+    } else {
+      mask<MF, NF>(x, lane, row0, col0, p);
+      line_sums<AVERAGE, Rows<MF>, MF, NF>(x, y, lane, rows);
+      keep_rows(set, rows);
+      line_sums<AVERAGE, Columns<NF>, MF, NF>(x, y, lane, cols);
+    }
+    keep_columns(set, cols, col0);
   }
 
   // Whether plain sums do: no element out of the problem or out of range.
@@ -69,11 +82,7 @@ template <int MF, int NF, class Real> struct Statistics {
         if (col != 0.0f) dot_col += col * x[m][n][e];
       });
     }
-    bool simple = sizeof(Real) == 4 && plain(x, col0);
-    if (!simple) mask<MF, NF>(x, lane, row0, col0, p);
-    Part<Real> rows[Rows<MF>::OWN], cols[Columns<NF>::OWN];
-    tile_sums<false, MF, NF>(x, [](int, int, int) { return 0.0f; }, lane, simple, rows, cols);
-    keep(0, rows, cols, col0);
+    sums<false>(0, x, [](int, int, int) { return Real(0); }, col0);
   }
 
   // A teacher's logits y, where x holds the student's as `student` left them.
@@ -85,14 +94,9 @@ template <int MF, int NF, class Real> struct Statistics {
       for (int n = 0; n < NF; n++)
 #pragma unroll
         for (int e = 0; e < 4; e++) y[m][n][e] *= log2e;
-    bool simple = sizeof(Real) == 4 && plain(y, col0);
-    if (!simple) mask<MF, NF>(y, lane, row0, col0, p);
-    Part<Real> rows[Rows<MF>::OWN], cols[Columns<NF>::OWN];
     // Under one teacher's softmax T − S is averaged, under each of several −S.
     Real share = p.all_teachers == 1 ? Real(1) : Real(0);
-    tile_sums<true, MF, NF>(
-        y, [&](int m, int n, int e) { return (float)(share * y[m][n][e] - x[m][n][e]); }, lane, simple, rows, cols);
-    keep(set, rows, cols, col0);
+    sums<true>(set, y, [&](int m, int n, int e) { return share * y[m][n][e] - x[m][n][e]; }, col0);
   }
 };
 
@@ -206,6 +210,19 @@ __device__ __forceinline__ Real gradient(const Slopes<MF, NF, Real>& s, const Ta
   if (w.target != 0.0f && may_hold_targets<16 * MF>(s.p, t, s.lane, s.row0, s.col0, 8 * NF)) {
     for_each_target<MF, NF>(s.p, t, s.lane, s.row0, s.col0,
                             [&](int m, int n, int e, float row, float col) { g[m][n][e] -= w.target * (row + col); });
+  }
+  // Past the edge a cosine of 0 may be far above a row's log-sum.
+  if (s.row0 + 16 * MF > s.p.rows || s.col0 + 8 * NF > s.p.cols) {
+#pragma unroll
+    for (int m = 0; m < MF; m++)
+#pragma unroll
+      for (int n = 0; n < NF; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+          bool inside = s.row0 + Rows<MF>::place(2 * m + e / 2, s.lane) < s.p.rows &&
+                        s.col0 + Columns<NF>::place(2 * n + e % 2, s.lane) < s.p.cols;
+          if (!inside) g[m][n][e] = 0.0f;
+        }
   }
   Real sum = 0;
 #pragma unroll

@@ -267,7 +267,7 @@ impl<'a> Pairs<'a> {
                         stages as i32
                     )?;
                 } else {
-                    let shape = Shape::row(grid, THREADS).shared((1 + group.len()) * 8 * side * 16);
+                    let shape = Shape::row(grid, THREADS).shared((1 + group.len()) * 8 * side * 24);
                     launch!(
                         dev,
                         "relational_f32",
