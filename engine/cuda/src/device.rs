@@ -61,7 +61,15 @@ pub struct Device {
 
 impl Device {
     pub(crate) fn from_driver(driver: Rc<dyn Driver>) -> Self {
-        Device { driver, scratch: Rc::default(), taken: Rc::default(), tf32: Rc::default(), recorded: Rc::default(), retired: Rc::default(), weights: Rc::default() }
+        Device {
+            driver,
+            scratch: Rc::default(),
+            taken: Rc::default(),
+            tf32: Rc::default(),
+            recorded: Rc::default(),
+            retired: Rc::default(),
+            weights: Rc::default(),
+        }
     }
 
     /// GPU number `index`.

@@ -1,8 +1,8 @@
 //! `mcpipe classify`: the classes that images are most like, by prompts.
 
 use mcpipe_data::{ImageList, PLACEHOLDER, check_template};
-use mcpipe_graph::Kernels;
 use mcpipe_eval::{Classifier, EvalError, softmax, top_k};
+use mcpipe_graph::Kernels;
 use serde::Serialize;
 
 use crate::embed::{EmbedOptions, embed_images};

@@ -7,9 +7,9 @@ use std::path::{Path, PathBuf};
 
 use mcpipe_data::{ImageList, ImageOptions};
 use mcpipe_eval::normalize;
+use mcpipe_graph::Kernels;
 use mcpipe_models::weights::{Entry, write_safetensors};
 use mcpipe_models::{Checkpoint, ModelError, TapShape, WeightsError};
-use mcpipe_graph::Kernels;
 use mcpipe_train::{DeviceChoice, Encoder, ImageTower, TrainError};
 
 use crate::error::RunError;

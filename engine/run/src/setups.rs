@@ -7,8 +7,8 @@ use mcpipe_graph::{ParamStore, StepGraph};
 use mcpipe_spec::{LossKind, Teacher as TeacherSpec, TeacherKind};
 use mcpipe_train::distill::Problem;
 use mcpipe_train::{
-    AverageSetup, BackboneTower, CaptionEncoder, Compute, Contrast, EncoderTower, FrozenImage, LrConfig, ModelText, Objective,
-    Teacher, TeacherModel, TrainSetup, TrainedModel, optimizer,
+    AverageSetup, BackboneTower, CaptionEncoder, Compute, Contrast, EncoderTower, FrozenImage, LrConfig, ModelText,
+    Objective, Teacher, TeacherModel, TrainSetup, TrainedModel, optimizer,
 };
 
 use crate::assemble::{View, Views, WEIGHTS, declared, image_graph, read_own, read_weights, text_graph};

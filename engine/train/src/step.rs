@@ -109,7 +109,9 @@ impl<B: Backend> Step<B> {
         let executor = |whose: &str, graph: &StepGraph, store: &ParamStore<B::Buffer>, mode| {
             Executor::new(Arc::new(graph.clone()), store, mode, towers()).map_err(|e| match e {
                 // Memory that was refused.
-                ExecError::Backend(e) => ExecError::Backend(BackendError { label: format!("the {whose}'s values"), ..e }),
+                ExecError::Backend(e) => {
+                    ExecError::Backend(BackendError { label: format!("the {whose}'s values"), ..e })
+                }
                 other => other,
             })
         };
@@ -141,7 +143,8 @@ impl<B: Backend> Step<B> {
         let inputs = Inputs::new(losses(), parts, &mut all)?;
         let mut backend = losses();
         let cells = (graphs.whole.len() + graphs.local.len() * parts + 1) * CELL * size_of::<f32>();
-        let mut scalars = backend.allocate(&[cells, cells, CELL * size_of::<f32>()]).map_err(ExecError::from)?.into_iter();
+        let mut scalars =
+            backend.allocate(&[cells, cells, CELL * size_of::<f32>()]).map_err(ExecError::from)?.into_iter();
         let mut scalar = || scalars.next().unwrap_or_default();
         let (cells, seeds, sum) = (scalar(), scalar(), scalar());
         let names = term_names(&setup);
@@ -234,9 +237,7 @@ impl<B: Backend> Step<B> {
         for run in self.teachers.iter().filter(|r| r.plan.embeddings) {
             let teacher = &setup.teachers[run.plan.teacher];
             let (encoder, scale) = match &teacher.model {
-                TeacherModel::Frozen { image, text, logit_scale } => {
-                    (*text, image.is_none().then_some(*logit_scale))
-                }
+                TeacherModel::Frozen { image, text, logit_scale } => (*text, image.is_none().then_some(*logit_scale)),
                 TeacherModel::Average { .. } => match &setup.model.text {
                     ModelText::Frozen { encoder, projection: None } => (Some(*encoder), None),
                     _ => (None, None),
@@ -456,7 +457,8 @@ impl<B: Backend> Step<B> {
 
     /// A teacher's embeddings as the loss graph was given them; to be read before the losses run.
     pub(crate) fn teacher_embeddings(&self, teacher: &str) -> Vec<f32> {
-        let inputs = [Fed::Image, Fed::Text, Fed::Scaled].map(|fed| self.loss.graph().input(&teacher_input(teacher, fed)));
+        let inputs =
+            [Fed::Image, Fed::Text, Fed::Scaled].map(|fed| self.loss.graph().input(&teacher_input(teacher, fed)));
         inputs.iter().flatten().flat_map(|t| self.loss.value(t).into_owned()).collect()
     }
 

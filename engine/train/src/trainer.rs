@@ -334,8 +334,7 @@ impl Trainer {
         let weights = std::mem::take(&mut self.weights);
         let base = self.setup.optimizer.lr() * self.setup.schedule.factor(self.step, training.steps, &self.schedule);
         let lr = base * self.counters.lr_scale;
-        let momenta: Vec<f64> =
-            self.state.averages.iter().map(|a| a.momentum_at(self.step, training.steps)).collect();
+        let momenta: Vec<f64> = self.state.averages.iter().map(|a| a.momentum_at(self.step, training.steps)).collect();
         let at = At { step: self.step, weights: &weights, lr, momenta: &momenta };
         let done = self.machine.step(&mut self.state, batch, at)?;
         self.stale = true;

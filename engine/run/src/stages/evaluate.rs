@@ -125,9 +125,8 @@ impl Model {
         settings: &Settings,
     ) -> Result<Self, RunError> {
         let compute = settings.compute()?;
-        let head = head
-            .map(|head| Encoder::embeddings(head.as_ref(), text.dim(), batch, store, &compute))
-            .transpose()?;
+        let head =
+            head.map(|head| Encoder::embeddings(head.as_ref(), text.dim(), batch, store, &compute)).transpose()?;
         let (transform, normalize) = evaluation_view(tower);
         Ok(Self {
             image: Encoder::images(tower as &dyn ImageTower, batch, store, &compute)?,

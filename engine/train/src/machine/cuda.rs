@@ -119,9 +119,9 @@ impl CudaMachine {
         let precision = precision(setup.training.precision);
         check_precision(device, precision)?;
         let optimizer = &setup.optimizer;
-        let rule = optimizer.rule().ok_or_else(|| {
-            TrainError::Setup(format!("the optimizer `{}` runs on the CPU alone", optimizer.name()))
-        })?;
+        let rule = optimizer
+            .rule()
+            .ok_or_else(|| TrainError::Setup(format!("the optimizer `{}` runs on the CPU alone", optimizer.name())))?;
         let params = Parameters::upload(device, &state.store)?;
         let grads = Gradients::zeros_like(device, &state.store)?;
         let averages = state.averages.iter().map(|a| Parameters::upload(device, &a.store));

@@ -95,11 +95,7 @@ pub(crate) trait Machine: Debug {
 }
 
 /// The machine that a setup asks for.
-pub(crate) fn machine(
-    setup: &Rc<TrainSetup>,
-    graphs: Graphs,
-    state: &State,
-) -> Result<Box<dyn Machine>, TrainError> {
+pub(crate) fn machine(setup: &Rc<TrainSetup>, graphs: Graphs, state: &State) -> Result<Box<dyn Machine>, TrainError> {
     Ok(match &setup.compute {
         Compute::Cpu(kernels) => Box::new(CpuMachine::new(Rc::clone(setup), graphs, &state.store, *kernels)?),
         Compute::Cuda(device) => {
