@@ -233,9 +233,10 @@ __device__ __forceinline__ void key_gradient(const View& qkv, const View& last, 
     int base = slot * TILE + w.shared, query = tile * TILE;
     int groups = some ? min(TILE / 16, (d.tokens - query + 15) / 16) : 0, i = max(0, least - query) / 16;
     const T *q = q_tile + base * P, *grad = dout_tile + base * P;
-    for (; i + 2 <= groups; i += 2) {
+    constexpr int STEP = DP <= 80 ? 2 : 1;  // groups at a time, as registers allow
+    for (; i + STEP <= groups; i += STEP) {
       int after = d.causal ? token - query - 16 * i : -64;
-      take_queries<4>(k, q + 16 * i * P, grad + 16 * i * P, lse_tile + base + 16 * i, delta_tile + base + 16 * i, after,
+      take_queries<2 * STEP>(k, q + 16 * i * P, grad + 16 * i * P, lse_tile + base + 16 * i, delta_tile + base + 16 * i, after,
                       stage);
     }
     if (i < groups) {

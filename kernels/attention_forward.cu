@@ -5,7 +5,7 @@ extern "C" __global__ void __launch_bounds__(128, 4)
     attention_forward_bf16_16(View qkv, View last, View out, View lse, AttentionDims d) {
   attention_forward::forward<u16, 16, 1, 2>(qkv, last, out, lse, d);
 }
-extern "C" __global__ void __launch_bounds__(128, 4)
+extern "C" __global__ void __launch_bounds__(128, 3)
     attention_forward_bf16_32(View qkv, View last, View out, View lse, AttentionDims d) {
   attention_forward::forward<u16, 32, 1, 2>(qkv, last, out, lse, d);
 }
@@ -17,7 +17,7 @@ extern "C" __global__ void __launch_bounds__(128, 3)
     attention_forward_bf16_64(View qkv, View last, View out, View lse, AttentionDims d) {
   attention_forward::forward<u16, 64, 1, 2>(qkv, last, out, lse, d);
 }
-extern "C" __global__ void __launch_bounds__(128, 3)
+extern "C" __global__ void __launch_bounds__(128, 2)
     attention_forward_bf16_80(View qkv, View last, View out, View lse, AttentionDims d) {
   attention_forward::forward<u16, 80, 1, 2>(qkv, last, out, lse, d);
 }

@@ -99,7 +99,8 @@ __device__ __forceinline__ void forward(const View& qkv, const View& last, const
     __syncthreads();
   }
 
-  Queries<T, DP, MT, true> q;
+  // Where registers are short, Q is read again at each step.
+  Queries<T, DP, MT, MT == 1 || DP <= 48> q;
   q.factor = d.scale * 1.44269504f;
 #pragma unroll
   for (int m = 0; m < MT; m++) {

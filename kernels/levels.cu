@@ -125,8 +125,8 @@ extern "C" __global__ void __launch_bounds__(256)
 // ---- attention transfer --------------------------------------------------------------------------------------------
 
 // map holds the mean squares m of an image's hw pixels. With y = m/‖m‖ and d = y − t: parts[image] = Σ d², and the map
-// becomes the factors of dx for dl = 1: g = 2/n·d, (g − m·(m·g)/‖m‖²)/‖m‖·2/c. A block an image.
-extern "C" __global__ void __launch_bounds__(256) transfer_loss(View map, View target, View parts, i64 hw, i64 c) {
+// becomes the factors of dx for dl = 1, scale·(d − y·(y·d))/‖m‖ with scale = 4/(n·c). A block an image.
+extern "C" __global__ void __launch_bounds__(256) transfer_loss(View map, View target, View parts, i64 hw, float scale) {
   __shared__ float room[32];
   __shared__ double wide_room[32];
   i64 base = blockIdx.x * hw;
@@ -138,7 +138,7 @@ extern "C" __global__ void __launch_bounds__(256) transfer_loss(View map, View t
   float norm = sqrtf(block_sum(squares, room));
   bool bound = norm <= LEAST_NORM;
   if (norm < LEAST_NORM) norm = LEAST_NORM;
-  float share = (float)(2.0 / ((double)gridDim.x * (double)hw)), along = 0.0f;
+  float along = 0.0f;
   double sum = 0.0;
   for (i64 i = threadIdx.x; i < hw; i += blockDim.x) {
     float y = load(map, base + i) / norm, d = y - load(target, base + i);
@@ -147,7 +147,7 @@ extern "C" __global__ void __launch_bounds__(256) transfer_loss(View map, View t
   }
   along = block_sum(along, room);
   if (bound) along = 0.0f;
-  float scale = share / norm * 2.0f / (float)c;
+  scale /= norm;
   for (i64 i = threadIdx.x; i < hw; i += blockDim.x) {
     float y = load(map, base + i) / norm, d = y - load(target, base + i);
     store(map, base + i, (d - y * along) * scale);

@@ -163,7 +163,7 @@ struct Constants {
 
 template <class T>
 __device__ __forceinline__ void apply_body(const View& x, const View& y, const Constants& k, const Layout& l) {
-  constexpr int N = T::N, U = 4;
+  constexpr int N = T::N, U = T::ROWS;
   Place p = place<N>(l);
   if (!p.active) return;
   i64 at = k.per_image ? blockIdx.z : p.c0;
@@ -285,7 +285,8 @@ extern "C" __global__ void __launch_bounds__(256)
   if (dgamma.len) give(dgamma, c, (float)sum_gx, add_gamma);
   if (dbeta.len) give(dbeta, c, (float)sum_g, add_beta);
   if (lines.len) {
-    double r = load(rstd, c), factor = (double)load(gamma, c) * r / (double)rows;
+    // The factor of g in dx, rounded as there.
+    double r = load(rstd, c), factor = (double)(load(gamma, c) * load(rstd, c)) / (double)rows;
     store(lines, c, (float)(-factor * r * sum_gx));
     store(lines, c_all + c, (float)(-factor * sum_g));
   }

@@ -132,6 +132,8 @@ impl Layout for DeviceLayout {
         match op {
             // The sum over a row of P∘dP is that of O∘dO.
             Op::Attention(_) | Op::MaskedAttention(_) => Needs { output: true, ..op.needs() },
+            // The target is in what the forward saves.
+            Op::TransferLoss { .. } | Op::MapLoss { .. } => Needs { inputs: 0b1, output: false },
             _ => op.needs(),
         }
     }
@@ -140,7 +142,8 @@ impl Layout for DeviceLayout {
         match op {
             // The log-sum-exp of each row; probabilities are computed again.
             Op::Attention(d) | Op::MaskedAttention(d) => vec![d.batch * d.heads * d.tokens],
-            _ => op.saved(),
+            Op::Relational(d) => ops::relational::saved(d),
+            _ => ops::levels::saved(op).unwrap_or_else(|| op.saved()),
         }
     }
 }
@@ -169,6 +172,10 @@ impl Backend for Cuda {
     type Ints = Buffer;
 
     fn fuses(&self) -> bool {
+        true
+    }
+
+    fn fuses_losses(&self) -> bool {
         true
     }
 
@@ -246,6 +253,7 @@ impl Backend for Cuda {
             self.saved(op).iter().zip(io.saved.iter()).map(|(&len, b)| b.view(len, Element::F32)).collect();
         let out = io.out.view(node.numel(), io.dtype.into());
         self.device.set_tf32(self.precision == Precision::Tf32);
+        self.device.set_bf16(self.precision == Precision::Bf16);
         let ran = ops::forward(&self.device, op, Forward { ins: &ins, out, saved: &saved });
         self.end(op.name(), &node.label, ran)
     }
@@ -269,6 +277,7 @@ impl Backend for Cuda {
             grads: &grads,
         };
         self.device.set_tf32(self.precision == Precision::Tf32);
+        self.device.set_bf16(self.precision == Precision::Bf16);
         let ran = ops::vjp(&self.device, op, io);
         self.end(op.name(), &node.label, ran)
     }

@@ -75,6 +75,7 @@ impl Arguments {
     }
 
     /// Kind and bytes of each argument, in order.
+    #[cfg(feature = "shim")]
     pub fn types(&self) -> &[(Kind, usize)] {
         &self.types[..self.count]
     }

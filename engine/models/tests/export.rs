@@ -205,6 +205,7 @@ fn the_head_has_the_name_of_its_family() {
             checkpoint.load(&mut exported, &NameMap::whole("i")).unwrap();
             close(&embeddings(&plain, &mut exported)[0], &expected[0]);
 
+            let encoder = text();
             let text =
                 StudentText { store, encoder: &*encoder, path: paths.1, shared_projection: false, logit_scale: 2.5 };
             let out = export_open_clip(&student, &text, &dir.path().join("open_clip")).unwrap();

@@ -182,18 +182,23 @@ pub fn open_training_data(shards: Vec<PathBuf>) -> Result<Arc<SampleSet>, RunErr
     Ok(Arc::new(SampleSet::open(shards)?))
 }
 
-/// The options of the training stream of a model.
-pub fn loader_options(spec: &Spec, seed: u64, batch_size: usize, views: &Views) -> LoaderOptions {
+/// The sizes and filters that images are resized to, each once.
+fn forms(views: &Views) -> Vec<ImageForm> {
     let mut forms: Vec<ImageForm> = Vec::new();
     for view in &views.0 {
         if !forms.contains(&view.form) {
             forms.push(view.form);
         }
     }
+    forms
+}
+
+/// The options of the training stream of a model.
+pub fn loader_options(spec: &Spec, seed: u64, batch_size: usize, views: &Views) -> LoaderOptions {
     LoaderOptions {
         seed,
         batch_size,
-        forms,
+        forms: forms(views),
         augment: (&spec.augment).into(),
         mix: (&spec.augment).into(),
         on_bad_sample: (&spec.data.train).into(),
@@ -266,7 +271,7 @@ mod tests {
             assert_eq!((transform.size, transform.filter), (64, filter), "{name}");
             views.position(View::new(tower.image_size, &tower.backbone.preprocess()));
         }
-        let (spec, bilinear) = (Spec::default(), ImageForm { size: 64, filter: Filter::Bilinear });
-        assert_eq!(loader_options(&spec, 0, 2, &views).forms, [64.into(), bilinear]);
+        let bilinear = ImageForm { size: 64, filter: Filter::Bilinear };
+        assert_eq!(forms(&views), [64.into(), bilinear]);
     }
 }

@@ -41,7 +41,7 @@ mod trainer;
 #[cfg(test)]
 mod tests;
 
-pub use batch::{Batch, BatchSource, Mix, SoftTargets};
+pub use batch::{Batch, BatchSource, Mix, SoftTargets, SparseTargets};
 pub use checkpoint::{CHECKPOINT_FORMAT, Checkpoint, CheckpointState, Checkpoints, Counters};
 pub use compute::{Compute, DeviceChoice};
 pub use ema::Average;

@@ -1,7 +1,7 @@
 //! Kernels' sources, embedded, and their compilation by NVRTC with a cache on disk.
 
 use std::borrow::Cow;
-use std::ffi::{CStr, CString, c_char};
+use std::ffi::{CString, c_char};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -14,9 +14,12 @@ use crate::library::{self, Library};
 // capability 9.0 has.
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 
+/// A header's name and text.
+type Header = (&'static str, Cow<'static, str>);
+
 /// The texts of a kernel file and of all headers: those embedded, or, for whoever works on the kernels, those in the folder
 /// that `MCPIPE_KERNELS` names.
-fn texts(file: &str) -> Option<(Cow<'static, str>, Vec<(&'static str, Cow<'static, str>)>)> {
+fn texts(file: &str) -> Option<(Cow<'static, str>, Vec<Header>)> {
     let folder = std::env::var_os("MCPIPE_KERNELS").map(PathBuf::from);
     let text = |&(name, embedded): &(&'static str, &'static str)| {
         let read = folder.as_ref().and_then(|f| std::fs::read_to_string(f.join(name)).ok());
@@ -46,10 +49,10 @@ pub(crate) fn machine_code(file: &str, capability: u32) -> Result<Vec<u8>, CudaE
         }
     }
     let code = compile(file, &source, &headers, &arch)?;
-    if let Some(path) = cached {
-        if let Err(e) = keep(&path, &code) {
-            tracing::debug!("kernels are not cached at {}: {e}", path.display());
-        }
+    if let Some(path) = cached
+        && let Err(e) = keep(&path, &code)
+    {
+        tracing::debug!("kernels are not cached at {}: {e}", path.display());
     }
     Ok(code)
 }
@@ -119,7 +122,7 @@ pub(crate) fn cache_folder() -> Option<PathBuf> {
     Some(folder.join("kernels"))
 }
 
-fn cache_file(file: &str, arch: &str, source: &str, headers: &[(&str, Cow<'_, str>)]) -> Option<PathBuf> {
+fn cache_file(file: &str, arch: &str, source: &str, headers: &[Header]) -> Option<PathBuf> {
     let folder = cache_folder()?;
     let mut hash = blake3::Hasher::new();
     for (name, text) in headers.iter().map(|(n, t)| (*n, t.as_ref())).chain([(file, source)]) {
@@ -150,7 +153,7 @@ impl Drop for Program {
     }
 }
 
-fn compile(file: &str, source: &str, headers: &[(&str, Cow<'_, str>)], arch: &str) -> Result<Vec<u8>, CudaError> {
+fn compile(file: &str, source: &str, headers: &[Header], arch: &str) -> Result<Vec<u8>, CudaError> {
     let failed = |call: &str, e: &dyn std::fmt::Debug| CudaError::Call { call: call.into(), reason: format!("{e:?}") };
     let c = |text: &str| CString::new(text).map_err(|e| failed("nvrtcCreateProgram", &e));
     let (source, name) = (c(source)?, c(&format!("{file}.cu"))?);
@@ -178,12 +181,8 @@ fn compile(file: &str, source: &str, headers: &[(&str, Cow<'_, str>)], arch: &st
     if unsafe { nvrtc::compile_program(program.0, &options) }.is_err() {
         // SAFETY: as above.
         let log = unsafe { nvrtc::get_program_log(program.0) }.unwrap_or_default();
-        // SAFETY: NVRTC ends its log with NUL.
-        let log = if log.is_empty() {
-            String::new()
-        } else {
-            unsafe { CStr::from_ptr(log.as_ptr()) }.to_string_lossy().into_owned()
-        };
+        let bytes: Vec<u8> = log.iter().map(|c| *c as u8).take_while(|b| *b != 0).collect();
+        let log = String::from_utf8_lossy(&bytes).into_owned();
         return Err(CudaError::Compile { file: file.into(), arch: arch.into(), log });
     }
     let mut size = 0;

@@ -94,7 +94,7 @@ fn named(names: [&'static str; 3], k: i32) -> &'static str {
     names[(k as usize - 3) / 2]
 }
 
-/// y = conv(x, w) + bias, the sizes being depthwise: `groups == c_in`.
+/// y = conv(x, w) + bias, for evaluation's fused convolutions.
 pub(crate) fn convolve(
     dev: &Device,
     d: &Conv2d,
@@ -106,6 +106,7 @@ pub(crate) fn convolve(
     correlate(dev, Conv::new(d), x, w, bias, y)
 }
 
+/// y = conv(x, w) + bias.
 fn correlate(dev: &Device, d: Conv, x: View, w: View, bias: Option<View>, y: View) -> Result<(), CudaError> {
     let bias = bias.unwrap_or(View::none());
     match d.vector(4, [x, y]) {

@@ -7,9 +7,11 @@ pub(crate) mod depthwise;
 pub(crate) mod elementwise;
 pub(crate) mod embedding;
 pub(crate) mod layout;
+pub(crate) mod levels;
 pub(crate) mod loss;
 pub(crate) mod norm;
 pub(crate) mod pooling;
+pub(crate) mod relational;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]
@@ -58,6 +60,7 @@ fn family<'a>(op: &Op) -> (Run<Forward<'a>>, Run<Vjp<'a>>) {
         | Op::SliceRows { .. }
         | Op::Permute { .. } => (layout::forward, layout::vjp),
         Op::GlobalAvgPool { .. } | Op::AvgPool(_) | Op::MaxPool(_) | Op::Resize(_) => (pooling::forward, pooling::vjp),
+        Op::Relational(_) => (relational::forward, relational::vjp),
         Op::L2Normalize { .. }
         | Op::Softmax { .. }
         | Op::Contrastive(_)
@@ -66,6 +69,9 @@ fn family<'a>(op: &Op) -> (Run<Forward<'a>>, Run<Vjp<'a>>) {
         | Op::Cosine { .. }
         | Op::KlRows { .. }
         | Op::AttentionTransferMap { .. } => (loss::forward, loss::vjp),
+        Op::RowLoss { .. } | Op::TransferLoss { .. } | Op::MapLoss { .. } | Op::PixelLoss { .. } => {
+            (levels::forward, levels::vjp)
+        }
     }
 }
 

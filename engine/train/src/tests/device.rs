@@ -1,12 +1,16 @@
-//! Trainings on a device: the CUDA backend's kernels on the CPU, from the library that `MCPIPE_SHIM` names. Without it these
-//! tests pass unseen.
+//! Trainings on a device: a GPU where `MCPIPE_TEST_GPU` is set; with the feature `shim` the CUDA backend's kernels on the
+//! CPU, from the library that `MCPIPE_SHIM` names. Without either these tests pass unseen.
 
 use super::*;
 
 /// The device, where there is one.
 fn device() -> Option<Compute> {
-    std::env::var_os("MCPIPE_SHIM")?;
-    Some(Compute::open(DeviceChoice::Shim, Kernels::Native).unwrap().0)
+    #[cfg(feature = "shim")]
+    if std::env::var_os("MCPIPE_SHIM").is_some() {
+        return Some(Compute::open(DeviceChoice::Shim, Kernels::Native).unwrap().0);
+    }
+    std::env::var_os("MCPIPE_TEST_GPU")?;
+    Some(Compute::open(DeviceChoice::Cuda(0), Kernels::Native).unwrap().0)
 }
 
 fn run(s: TrainSetup, mix: bool) -> (Trainer, Log) {
@@ -29,7 +33,7 @@ fn agree(s: impl Fn() -> TrainSetup, compute: &Compute, tolerance: f64) -> (Trai
     for (a, b) in cpu.steps.iter().zip(&log.steps) {
         let close = |a: f64, b: f64| (a - b).abs() <= tolerance * a.abs().max(1e-2);
         assert!(close(a.loss, b.loss) && close(a.grad_norm, b.grad_norm), "{a:?}\n{b:?}");
-        assert!(close(a.logit_scale, b.logit_scale) && a.skipped == b.skipped, "{a:?}\n{b:?}");
+        assert!(close(a.logit_scale, b.logit_scale) && a.skipped.is_none() && b.skipped.is_none(), "{a:?}\n{b:?}");
         for ((name, x), (_, y)) in a.terms.iter().zip(&b.terms) {
             assert!(close(*x, *y), "step {}: {name}: {x} {y}", a.step);
         }
@@ -107,6 +111,8 @@ fn a_resumed_training_is_the_same_and_may_come_from_the_cpu() {
     let Some(compute) = device() else { return };
     let s = |steps, compute: &Compute| {
         let mut s = setup(conv(6, true), training(steps, 4, 1));
+        // AdamW makes full steps of a gradient that is nothing but rounding, as the keys' bias has it.
+        s.optimizer = Arc::new(Sgd { lr: 0.05, ..Sgd::default() });
         s.average = Some(AverageSetup { momentum: 0.9, evaluate: false });
         s.compute = compute.clone();
         s
@@ -170,7 +176,7 @@ fn encoders_give_what_the_cpu_gives() {
     let mut store = ParamStore::default();
     Encoder::init_images(tower.as_ref(), &mut store, 4).unwrap();
     let images = Random::new(3, false).batch(0).views.remove(0);
-    let mut encode = |compute: &Compute, store: &ParamStore| {
+    let encode = |compute: &Compute, store: &ParamStore| {
         let mut encoder = Encoder::tapped(tower.as_ref(), &["conv".into()], 2, store, compute).unwrap();
         encoder.encode_images_and_taps(store, &images).unwrap()
     };

@@ -54,10 +54,10 @@ fn embed(s: &TrainSetup, batch: &Batch) -> Embedded {
     let mut store = s.initial.clone();
     let tower = s.model.image.as_ref();
     Encoder::init_images(tower, &mut store, s.seed).unwrap();
-    let mut encoder = Encoder::images(tower, 3, &store, s.kernels).unwrap();
+    let mut encoder = Encoder::images(tower, 3, &store, &s.compute).unwrap();
     let image = encoder.encode_images(&store, &batch.views[0]).unwrap();
     let TeacherModel::Frozen { image: Some(theirs), text: Some(text), .. } = &s.teachers[0].model else { panic!() };
-    let mut other = Encoder::images(theirs.tower.as_ref(), 2, &theirs.store, s.kernels).unwrap();
+    let mut other = Encoder::images(theirs.tower.as_ref(), 2, &theirs.store, &s.compute).unwrap();
     let teacher = other.encode_images(&theirs.store, &batch.views[0]).unwrap();
     let texts = |i: usize| unit(&s.texts[i].embed(&batch.captions).unwrap(), s.texts[i].dim());
     Embedded {

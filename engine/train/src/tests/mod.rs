@@ -2,7 +2,6 @@
 
 mod accumulate;
 mod checkpoints;
-#[cfg(feature = "shim")]
 mod device;
 mod gradients;
 mod levels;

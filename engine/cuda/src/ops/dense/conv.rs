@@ -237,8 +237,7 @@ pub(super) fn forward(
         Way::Windows => Windows::new(d, common(&[x, out])).forward(dev, operand, within, x, out).map(|()| out),
         Way::Depthwise => {
             let w = operand.weights(dev, Element::F32, Layout::plain(d.kh * d.kw))?;
-            let ins: Vec<View> = [x, w].into_iter().chain(within).collect();
-            depthwise::forward(dev, &Op::Conv2d(*d), Forward { ins: &ins, out, saved: &[] }).map(|()| out)
+            depthwise::convolve(dev, d, x, w, within, out).map(|()| out)
         }
         Way::Library => library(dev, d, operand, x, out),
     }?;
