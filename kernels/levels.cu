@@ -138,18 +138,18 @@ extern "C" __global__ void __launch_bounds__(256) transfer_loss(View map, View t
   float norm = sqrtf(block_sum(squares, room));
   bool bound = norm <= LEAST_NORM;
   if (norm < LEAST_NORM) norm = LEAST_NORM;
-  float along = 0.0f;
+  float along = 0.0f, inverse = 1.0f / norm;
   double sum = 0.0;
   for (i64 i = threadIdx.x; i < hw; i += blockDim.x) {
-    float y = load(map, base + i) / norm, d = y - load(target, base + i);
+    float y = load(map, base + i) * inverse, d = y - load(target, base + i);
     sum += (double)(d * d);
     along += y * d;
   }
   along = block_sum(along, room);
   if (bound) along = 0.0f;
-  scale /= norm;
+  scale *= inverse;
   for (i64 i = threadIdx.x; i < hw; i += blockDim.x) {
-    float y = load(map, base + i) / norm, d = y - load(target, base + i);
+    float y = load(map, base + i) * inverse, d = y - load(target, base + i);
     store(map, base + i, (d - y * along) * scale);
   }
   sum = block_sum_f64(sum, wide_room);
