@@ -132,6 +132,8 @@ impl Layout for DeviceLayout {
         match op {
             // The sum over a row of P∘dP is that of O∘dO.
             Op::Attention(_) | Op::MaskedAttention(_) => Needs { output: true, ..op.needs() },
+            // The target is in what the forward saves.
+            Op::TransferLoss { .. } | Op::MapLoss { .. } => Needs { inputs: 0b1, output: false },
             _ => op.needs(),
         }
     }
@@ -141,7 +143,7 @@ impl Layout for DeviceLayout {
             // The log-sum-exp of each row; probabilities are computed again.
             Op::Attention(d) | Op::MaskedAttention(d) => vec![d.batch * d.heads * d.tokens],
             Op::Relational(d) => ops::relational::saved(d),
-            _ => op.saved(),
+            _ => ops::levels::saved(op).unwrap_or_else(|| op.saved()),
         }
     }
 }
@@ -170,6 +172,10 @@ impl Backend for Cuda {
     type Ints = Buffer;
 
     fn fuses(&self) -> bool {
+        true
+    }
+
+    fn fuses_losses(&self) -> bool {
         true
     }
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::backend::{Arg, Backend, BackendError, Cpu, Dtype, Forward, GradOut, Part, Vjp};
-use crate::fuse::{FusedConv, fuse};
+use crate::fuse::{FusedConv, fuse, fuse_losses};
 use crate::graph::{GraphError, Node, Source, StepGraph, Tensor, ValueId};
 use crate::memory::{MemoryPlan, Mode};
 use crate::op::Op;
@@ -124,7 +124,11 @@ impl<B: Backend> Executor<B> {
         mode: Mode,
         mut backend: B,
     ) -> Result<Self, ExecError> {
-        let graph = if mode == Mode::Forward && backend.fuses() { Arc::new(fuse(&graph)) } else { graph };
+        let graph = match mode {
+            Mode::Forward if backend.fuses() => Arc::new(fuse(&graph)),
+            Mode::Train if backend.fuses_losses() => Arc::new(fuse_losses(&graph)),
+            _ => graph,
+        };
         let plan = MemoryPlan::new(&graph, mode, &backend);
         let dtypes = graph.dag.node_indices().map(|id| backend.dtype(&graph, id)).collect();
         let mut bound = Vec::with_capacity(graph.params.len());

@@ -3,6 +3,10 @@
 //! Batch norm with running statistics is folded into the weights (Jacob et al. 2018, §3.2); an addition and an activation
 //! behind go into the product's epilogue. Only nodes without a gradient are fused, so a fused node has no VJP. What dfdx
 //! is to run stays as it is: it knows no fused product.
+//!
+//! Losses of training graphs: [`losses`].
+
+mod losses;
 
 use mcpipe_cpu::activation::Activation;
 use mcpipe_cpu::conv::Conv2d;
@@ -10,6 +14,9 @@ use mcpipe_cpu::linear::Linear;
 
 use crate::graph::{Source, StepGraph, ValueId};
 use crate::op::{Op, Runner};
+
+pub use losses::fuse_losses;
+pub(crate) use losses::{Operand, Part};
 
 /// `act(norm(conv(x, w) + bias) + residual)`. Inputs in this order: x, w, then those that are there of bias; gamma, beta,
 /// running mean, running variance; residual.

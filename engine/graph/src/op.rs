@@ -27,6 +27,15 @@ pub enum Runner {
     Dfdx,
 }
 
+/// How two rows are compared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Distance {
+    /// Squared error, mean over all values.
+    Mse,
+    /// One minus the cosine, mean over rows.
+    Cosine,
+}
+
 /// Spatial dims of an image op: `[batch, h, w, c]`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Image {
@@ -238,6 +247,43 @@ pub enum Op {
         /// Channels.
         c: usize,
     },
+    /// `a, b [rows,C]` → scalar: the distance of rows that are scaled to unit L2 norm first, where asked.
+    RowLoss {
+        /// Rows.
+        rows: usize,
+        /// Width.
+        c: usize,
+        /// Distance.
+        distance: Distance,
+        /// Which of a and b are normalised.
+        normalize: [bool; 2],
+    },
+    /// `x [B,HW,C], t [B,HW]` → scalar: mean squared error of [`Op::AttentionTransferMap`] and a target.
+    TransferLoss {
+        /// Images.
+        batch: usize,
+        /// Pixels.
+        hw: usize,
+        /// Channels.
+        c: usize,
+    },
+    /// `qkv, t [I,N,N]` → scalar: mean over rows of `KL(t ‖ q)`, q the mean of [`Op::AttentionMap`] over the heads and
+    /// sequences of each of I images.
+    MapLoss {
+        /// Dims of the attention.
+        attention: Attention,
+        /// I, a divisor of its batch.
+        images: usize,
+    },
+    /// `y [rows,C], t [rows,C], bias [C]` → scalar: the distance of `y + bias` and a target.
+    PixelLoss {
+        /// Rows.
+        rows: usize,
+        /// Channels.
+        c: usize,
+        /// Distance.
+        distance: Distance,
+    },
 }
 
 /// What a VJP reads besides the gradient and the saved tensors.
@@ -299,6 +345,10 @@ impl Op {
             Op::Cosine { .. } => "cosine",
             Op::KlRows { .. } => "kl",
             Op::AttentionTransferMap { .. } => "attention_transfer_map",
+            Op::RowLoss { .. } => "row_loss",
+            Op::TransferLoss { .. } => "transfer_loss",
+            Op::MapLoss { .. } => "map_loss",
+            Op::PixelLoss { .. } => "pixel_loss",
         }
     }
 
@@ -307,7 +357,12 @@ impl Op {
         let (inputs, output) = match self {
             Op::Conv2d(_) | Op::Linear(_) | Op::Embedding { .. } | Op::ScaleChannels { .. } => (0b11, false),
             Op::AttentionPool(_) | Op::TokenConv(_) => (0b11, false),
-            Op::SigmoidLoss(_) | Op::Relational(_) => (ALL, false),
+            Op::SigmoidLoss(_)
+            | Op::Relational(_)
+            | Op::RowLoss { .. }
+            | Op::TransferLoss { .. }
+            | Op::MapLoss { .. }
+            | Op::PixelLoss { .. } => (ALL, false),
             Op::BatchNorm { .. } | Op::LayerNorm(_) | Op::GroupNorm(_) => (0b111, false),
             Op::BatchNormEval { .. } => (0b11111, false),
             Op::MatMul { .. } | Op::Mul | Op::Mse | Op::Cosine { .. } | Op::KlRows { .. } | Op::Contrastive(_) => {
@@ -364,6 +419,8 @@ impl Op {
             Op::SigmoidLoss(_) => i < 4,
             Op::MaskedAttention(_) => i == 0,
             Op::KlRows { .. } => i == 1,
+            Op::TransferLoss { .. } | Op::MapLoss { .. } => i == 0,
+            Op::PixelLoss { .. } => i != 1,
             Op::FusedConv(_) => false,
             _ => true,
         }
@@ -395,6 +452,9 @@ impl Op {
             Op::AttentionTransferMap { c, .. } => 2 * n * *c as u64,
             Op::Cosine { rows, c } | Op::KlRows { rows, c } => 4 * (rows * c) as u64,
             Op::L2Normalize { .. } | Op::Softmax { .. } => 4 * n,
+            Op::RowLoss { .. } | Op::TransferLoss { .. } | Op::MapLoss { .. } | Op::PixelLoss { .. } => {
+                self.parts().iter().map(|p| p.op.flops(p.numel)).sum()
+            }
             Op::Add
             | Op::AddBroadcast
             | Op::Mul

@@ -2,7 +2,7 @@
 
 use mcpipe_cuda::DeviceLayout;
 use mcpipe_graph::backend::Plain;
-use mcpipe_graph::{MemoryPlan, Mode, ParamKind, StepGraph};
+use mcpipe_graph::{MemoryPlan, Mode, ParamKind, StepGraph, fuse_losses};
 use serde::Serialize;
 
 use crate::error::TrainError;
@@ -57,8 +57,10 @@ impl StepPlan {
     /// Parts that don't fit together.
     pub fn new(setup: &TrainSetup, gpu: bool) -> Result<Self, TrainError> {
         let precision = crate::machine::precision(setup.training.precision);
+        let layout = DeviceLayout { precision };
         let bytes = |graph: &StepGraph, mode| match gpu {
-            true => MemoryPlan::new(graph, mode, &DeviceLayout { precision }).bytes(),
+            true if mode == Mode::Train => MemoryPlan::new(&fuse_losses(graph), mode, &layout).bytes(),
+            true => MemoryPlan::new(graph, mode, &layout).bytes(),
             false => MemoryPlan::new(graph, mode, &Plain).bytes(),
         };
         let graphs = Graphs::new(setup)?;

@@ -13,7 +13,7 @@ use crate::view::{Element, Forward, View, Vjp};
 /// `AttentionDims` of `kernels/attention.cuh`.
 #[derive(Clone, Copy)]
 #[repr(C)]
-struct Dims {
+pub(super) struct Dims {
     batch: i32,
     tokens: i32,
     heads: i32,
@@ -43,24 +43,30 @@ impl From<&Attention> for Dims {
 }
 
 /// Threads of a block.
-const THREADS: u32 = 128;
+pub(super) const THREADS: u32 = 128;
 /// Warps of a block.
 const WARPS: usize = 4;
 /// Rows of a tile.
-const TILE: usize = 64;
+pub(super) const TILE: usize = 64;
 /// More tokens than this: 128 queries a block pay.
 const WIDE: usize = 128;
 
 /// A set of kernels: element type of the tiles and a head's size rounded up.
 #[derive(Clone, Copy)]
-struct Tiles {
-    bf16: bool,
-    dim: usize,
+pub(super) struct Tiles {
+    pub(super) bf16: bool,
+    pub(super) dim: usize,
 }
 
 impl Tiles {
     /// Tensor cores where all `views` are bf16.
-    fn choose(op: &Op, dim: usize, views: &[View], bf16: &[usize], f32: &[usize]) -> Result<Self, CudaError> {
+    pub(super) fn choose(
+        op: &Op,
+        dim: usize,
+        views: &[View],
+        bf16: &[usize],
+        f32: &[usize],
+    ) -> Result<Self, CudaError> {
         let narrow = views.iter().all(|v| v.element == Element::Bf16);
         let sizes = if narrow { bf16 } else { f32 };
         let found = sizes.iter().find(|s| **s >= dim).ok_or_else(|| super::unsupported(op))?;
@@ -68,7 +74,7 @@ impl Tiles {
     }
 
     /// Bytes of shared memory for `tiles` tiles of 64 rows, `stage` columns of which f32 kernels put weights for each warp.
-    fn bytes(self, tiles: usize, stage: usize) -> usize {
+    pub(super) fn bytes(self, tiles: usize, stage: usize) -> usize {
         if self.bf16 { tiles * TILE * (self.dim + 8) * 2 } else { 4 * (tiles * TILE * (self.dim + 4) + stages(stage)) }
     }
 }
@@ -103,6 +109,7 @@ macro_rules! launch_sized {
         $dev.launch(kernel, $shape, arguments)
     }};
 }
+pub(super) use launch_sized;
 
 const BF16: &[usize] = &[16, 32, 48, 64, 80, 128];
 const F32: &[usize] = &[32, 64, 128];
@@ -148,7 +155,7 @@ fn attention_vjp(dev: &Device, op: &Op, d: &Attention, io: Vjp<'_>) -> Result<()
     )
 }
 
-const MAP: &[usize] = &[32, 64, 128];
+pub(super) const MAP: &[usize] = &[32, 64, 128];
 
 fn map_forward(dev: &Device, op: &Op, d: &Attention, io: Forward<'_>) -> Result<(), CudaError> {
     let qkv = io.ins[0];

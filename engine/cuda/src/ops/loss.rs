@@ -13,14 +13,14 @@ use crate::view::{Element, Forward, Grad, View, Vjp};
 
 /// How rows of `c` are shared out: launch shape, whether threads take eight elements, threads a row (above 32: a block).
 #[derive(Clone, Copy)]
-struct Teams {
-    shape: Shape,
-    wide: i32,
-    team: i32,
+pub(super) struct Teams {
+    pub(super) shape: Shape,
+    pub(super) wide: i32,
+    pub(super) team: i32,
 }
 
 impl Teams {
-    fn new(rows: usize, c: usize) -> Self {
+    pub(super) fn new(rows: usize, c: usize) -> Self {
         let wide = c.is_multiple_of(8);
         let columns = if wide { c / 8 } else { c };
         // A long row keeps a block busy; few rows need all of its threads.
@@ -33,20 +33,20 @@ impl Teams {
 }
 
 /// Sums in f64 that kernels leave, `per` a row or block.
-struct Parts {
-    view: View,
-    count: usize,
+pub(super) struct Parts {
+    pub(super) view: View,
+    pub(super) count: usize,
     per: usize,
 }
 
 impl Parts {
-    fn new(dev: &Device, count: usize, per: usize) -> Result<Self, CudaError> {
+    pub(super) fn new(dev: &Device, count: usize, per: usize) -> Result<Self, CudaError> {
         // An f64 is two elements.
         Ok(Parts { view: dev.scratch(2 * count * per, Element::F32)?, count, per })
     }
 
     /// to (+)= factor·Σ of those number `start`.
-    fn finish(&self, dev: &Device, start: usize, factor: f64, to: Grad) -> Result<(), CudaError> {
+    pub(super) fn finish(&self, dev: &Device, start: usize, factor: f64, to: Grad) -> Result<(), CudaError> {
         let (n, stride, start, add) = (self.count as i64, self.per as i32, start as i32, i32::from(to.accumulate));
         let shape = Shape::row(1, 1024);
         launch!(dev, "loss", "finish_sums", shape, self.view, to.view, n, stride, start, factor, add)
@@ -54,20 +54,20 @@ impl Parts {
 }
 
 /// A gradient's view and flag, for kernels that take none too.
-fn target(g: Option<Grad>) -> (View, i32) {
+pub(super) fn target(g: Option<Grad>) -> (View, i32) {
     g.map_or((View::none(), 0), |g| (g.view, i32::from(g.accumulate)))
 }
 
-fn set(view: View) -> Grad {
+pub(super) fn set(view: View) -> Grad {
     Grad { view, accumulate: false }
 }
 
 /// Blocks of a kernel that walks over n elements, `each` a block at a time.
-fn blocks(dev: &Device, n: usize, each: usize) -> usize {
+pub(super) fn blocks(dev: &Device, n: usize, each: usize) -> usize {
     n.div_ceil(each).clamp(1, 8 * dev.processors())
 }
 
-fn clear(dev: &Device, g: Option<Grad>) -> Result<(), CudaError> {
+pub(super) fn clear(dev: &Device, g: Option<Grad>) -> Result<(), CudaError> {
     match g {
         Some(g) if !g.accumulate => dev.fill(g.view, 0),
         _ => Ok(()),

@@ -7,6 +7,7 @@ pub(crate) mod depthwise;
 pub(crate) mod elementwise;
 pub(crate) mod embedding;
 pub(crate) mod layout;
+pub(crate) mod levels;
 pub(crate) mod loss;
 pub(crate) mod norm;
 pub(crate) mod pooling;
@@ -68,6 +69,9 @@ fn family<'a>(op: &Op) -> (Run<Forward<'a>>, Run<Vjp<'a>>) {
         | Op::Cosine { .. }
         | Op::KlRows { .. }
         | Op::AttentionTransferMap { .. } => (loss::forward, loss::vjp),
+        Op::RowLoss { .. } | Op::TransferLoss { .. } | Op::MapLoss { .. } | Op::PixelLoss { .. } => {
+            (levels::forward, levels::vjp)
+        }
     }
 }
 

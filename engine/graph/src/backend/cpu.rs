@@ -116,6 +116,11 @@ impl Backend for Cpu {
             }
             return Ok(());
         }
+        if op.is_of_parts() {
+            let ran = self.run_parts(node, op, io.ins)?;
+            y.copy_from_slice(ran.last().map_or(&[], |r| &r.value));
+            return Ok(());
+        }
         let ws = &mut self.ws;
         let x = |i: usize| io.ins[i].values();
         let saved = io.saved;
@@ -212,6 +217,9 @@ impl Backend for Cpu {
             Op::AttentionTransferMap { batch, hw, c } => {
                 loss::attention_transfer_forward(*batch, *hw, *c, x(0), y);
             }
+            Op::RowLoss { .. } | Op::TransferLoss { .. } | Op::MapLoss { .. } | Op::PixelLoss { .. } => {
+                unreachable!("run in parts above")
+            }
         }
         Ok(())
     }
@@ -229,6 +237,9 @@ impl Backend for Cpu {
                 elementwise::copy_or_add(grad, &mut target.buffer[..target.len], target.accumulate);
             }
             return Ok(());
+        }
+        if op.is_of_parts() {
+            return self.parts_vjp(node, op, io);
         }
         vjp::run(op, node, io, &mut self.ws);
         Ok(())

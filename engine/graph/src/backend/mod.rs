@@ -1,6 +1,7 @@
 //! What runs the nodes: the backend trait and the CPU backend.
 
 mod cpu;
+mod parts;
 mod reference;
 
 use std::borrow::Cow;
@@ -170,6 +171,10 @@ pub trait Backend: Layout {
 
     /// Whether evaluation graphs are to be fused: the backend then runs [`Op::FusedConv`](crate::op::Op::FusedConv).
     fn fuses(&self) -> bool;
+    /// Whether the losses of training graphs are to be fused ([`fuse_losses`](crate::fuse_losses)).
+    fn fuses_losses(&self) -> bool {
+        false
+    }
     /// A buffer for each of the sizes, in bytes.
     ///
     /// # Errors

@@ -2,8 +2,9 @@
 
 use mcpipe_cpu::bridge::{self, Op as Dfdx, Pullback, Run};
 
-use super::Arg;
 use super::cpu::Cpu;
+use super::{Arg, Dtype};
+use crate::fuse::Operand;
 use crate::op::Op;
 
 /// The backward half of a dfdx node.
@@ -11,6 +12,9 @@ pub(super) type Tape = Pullback<f32>;
 
 /// Runs `op` by dfdx; with `keep`, the result holds its VJP.
 pub(super) fn run(op: &Op, ins: &[Arg<'_, Cpu>], keep: bool) -> Result<Run<f32>, bridge::BridgeError> {
+    if op.is_of_parts() {
+        return run_parts(op, ins, keep);
+    }
     let ids = ins.get(1).map_or(&[][..], Arg::ids);
     let dfdx = match op {
         Op::Conv2d(d) => Dfdx::Conv2d(*d),
@@ -61,8 +65,56 @@ pub(super) fn run(op: &Op, ins: &[Arg<'_, Cpu>], keep: bool) -> Result<Run<f32>,
         Op::Cosine { rows, c } => Dfdx::Cosine { rows: *rows, c: *c },
         Op::KlRows { rows, c } => Dfdx::KlRows { rows: *rows, c: *c },
         Op::AttentionTransferMap { batch, hw, c } => Dfdx::AttentionTransferMap { batch: *batch, hw: *hw, c: *c },
+        Op::RowLoss { .. } | Op::TransferLoss { .. } | Op::MapLoss { .. } | Op::PixelLoss { .. } => {
+            unreachable!("run in parts above")
+        }
     };
     // Ids are part of the op there, not arguments.
     let tensors: Vec<&[f32]> = ins.iter().filter(|a| matches!(a, Arg::Values { .. })).map(Arg::values).collect();
     bridge::run(&dfdx, &tensors, keep)
+}
+
+/// Runs an op part by part; the pullback goes back through theirs.
+fn run_parts(op: &Op, ins: &[Arg<'_, Cpu>], keep: bool) -> Result<Run<f32>, bridge::BridgeError> {
+    let parts = op.parts();
+    let mut values: Vec<Vec<f32>> = Vec::with_capacity(parts.len());
+    let mut tapes: Vec<(Vec<Operand>, Tape)> = Vec::with_capacity(parts.len());
+    for part in parts {
+        let copied: Vec<Vec<f32>> = part
+            .inputs
+            .iter()
+            .map(|from| match *from {
+                Operand::Input(i) => ins[i].values().to_vec(),
+                Operand::Part(i) => values[i].clone(),
+            })
+            .collect();
+        let args: Vec<Arg<'_, Cpu>> =
+            copied.iter().map(|buffer| Arg::Values { buffer, len: buffer.len(), dtype: Dtype::F32 }).collect();
+        let ran = run(&part.op, &args, keep)?;
+        values.push(ran.value);
+        tapes.extend(ran.pullback.map(|tape| (part.inputs, tape)));
+    }
+    let arguments = ins.len();
+    let pullback = move |gradient: &[f32]| {
+        let add = |to: &mut Vec<f32>, found: Vec<f32>| match to.is_empty() {
+            true => *to = found,
+            false => to.iter_mut().zip(found).for_each(|(t, f)| *t += f),
+        };
+        let mut inner: Vec<Vec<f32>> = vec![Vec::new(); tapes.len()];
+        let mut grads: Vec<Vec<f32>> = vec![Vec::new(); arguments];
+        if let Some(last) = inner.last_mut() {
+            *last = gradient.to_vec();
+        }
+        for (i, (inputs, tape)) in tapes.into_iter().enumerate().rev() {
+            for (from, found) in inputs.iter().zip(tape(&inner[i])) {
+                match *from {
+                    Operand::Input(j) => add(&mut grads[j], found),
+                    Operand::Part(j) => add(&mut inner[j], found),
+                }
+            }
+        }
+        grads
+    };
+    let value = values.pop().unwrap_or_default();
+    Ok(Run { value, saved: Vec::new(), pullback: keep.then(|| Box::new(pullback) as Tape) })
 }

@@ -5,7 +5,7 @@ use mcpipe_cpu::relational::Relational;
 
 use super::GraphBuilder;
 use crate::graph::{GraphError, Tensor};
-use crate::op::Op;
+use crate::op::{Distance, Op};
 
 /// Which captions an image shows, as inputs of [`Op::Relational`]; see [`mcpipe_cpu::relational::PairTargets`].
 #[derive(Clone, Debug)]
@@ -135,5 +135,68 @@ impl GraphBuilder {
         let (batch, c) = (x.shape[0], x.shape[x.shape.len() - 1]);
         let hw = x.numel() / (batch * c).max(1);
         Ok(self.op(Op::AttentionTransferMap { batch, hw, c }, &[x], vec![batch, hw]))
+    }
+
+    /// The distance of rows, normalised first where asked; see [`Op::RowLoss`] → scalar.
+    ///
+    /// # Errors
+    /// Sizes differ.
+    pub fn row_loss(
+        &mut self,
+        distance: Distance,
+        a: &Tensor,
+        b: &Tensor,
+        normalize: [bool; 2],
+    ) -> Result<Tensor, GraphError> {
+        let (rows, c) = Self::rows(a);
+        let t = self.same_size(Op::RowLoss { rows, c, distance, normalize }, a, b)?;
+        Ok(self.scalar(t))
+    }
+
+    /// Mean squared error of the attention-transfer map of `x [B, …, C]` and a target `[B, pixels]`, which takes no
+    /// gradient → scalar.
+    ///
+    /// # Errors
+    /// Fewer than three axes, or sizes that don't fit together.
+    pub fn transfer_loss(&mut self, x: &Tensor, target: &Tensor) -> Result<Tensor, GraphError> {
+        let (batch, c) = (x.shape.first().copied().unwrap_or(0), x.shape.last().copied().unwrap_or(0));
+        let hw = x.numel() / (batch * c).max(1);
+        if x.shape.len() < 3 || target.numel() != batch * hw {
+            return Err(self.refuse("transfer_loss", &[x, target], "[B, …, C] and [B, pixels] are needed"));
+        }
+        Ok(self.op(Op::TransferLoss { batch, hw, c }, &[x, target], vec![1]))
+    }
+
+    /// Mean over rows of `KL(t ‖ q)` of a target `[images, N, N]`, which takes no gradient, and the attention maps of
+    /// packed `qkv [B, N, 3·width]`, averaged over the heads and the sequences of each image → scalar.
+    ///
+    /// # Errors
+    /// A width that the heads don't divide, or sizes that don't fit together.
+    pub fn map_loss(&mut self, qkv: &Tensor, heads: usize, target: &Tensor) -> Result<Tensor, GraphError> {
+        let attention = self.attention_dims(qkv, heads, false)?;
+        let images = target.shape.first().copied().unwrap_or(0);
+        let n = attention.tokens;
+        if images == 0 || !attention.batch.is_multiple_of(images) || target.shape != [images, n, n] {
+            return Err(self.refuse("map_loss", &[qkv, target], "[B, N, 3·width] and [images, N, N] are needed"));
+        }
+        Ok(self.op(Op::MapLoss { attention, images }, &[qkv, target], vec![1]))
+    }
+
+    /// The distance of `y [.., C] + bias [C]` and a target of y's size, which takes no gradient → scalar.
+    ///
+    /// # Errors
+    /// Sizes that don't fit together.
+    pub fn pixel_loss(
+        &mut self,
+        distance: Distance,
+        y: &Tensor,
+        target: &Tensor,
+        bias: &Tensor,
+    ) -> Result<Tensor, GraphError> {
+        let (rows, c) = Self::rows(y);
+        if target.numel() != y.numel() || bias.numel() != c {
+            return Err(self.refuse("pixel_loss", &[y, target, bias], "[.., C] twice and [C] are needed"));
+        }
+        Ok(self.op(Op::PixelLoss { rows, c, distance }, &[y, target, bias], vec![1]))
     }
 }

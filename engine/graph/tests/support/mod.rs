@@ -6,8 +6,8 @@ use mcpipe_cpu::loss::Contrastive;
 use mcpipe_cpu::relational::Relational;
 use mcpipe_cpu::sigmoid_loss::SigmoidLoss;
 use mcpipe_graph::{
-    Activation, Backend, BatchNormArgs, ConvArgs, Executor, Feed, Grads, GraphBuilder, GraphError, Init, Mode,
-    PairInputs, ParamKind, ParamStore, Path, StepGraph, Tensor,
+    Activation, Backend, BatchNormArgs, ConvArgs, Distance, Executor, Feed, Grads, GraphBuilder, GraphError, Init,
+    Mode, PairInputs, ParamKind, ParamStore, Path, StepGraph, Tensor,
 };
 
 pub type Build = fn(&mut GraphBuilder, &[Tensor]) -> Result<Tensor, GraphError>;
@@ -135,6 +135,28 @@ pub const CASES: &[Case] = &[
         g.kl(&p, &q)
     }),
     case("attention_transfer_map", &[&[2, 3, 3, 4]], |g, x| g.attention_transfer_map(&x[0])),
+    case("row_loss_mse", &[&[4, 6], &[4, 6]], |g, x| g.row_loss(Distance::Mse, &x[0], &x[1], [true, true])),
+    case("row_loss_mse_one_normalized", &[&[4, 6], &[4, 6]], |g, x| {
+        g.row_loss(Distance::Mse, &x[0], &x[1], [true, false])
+    }),
+    case("row_loss_cosine", &[&[4, 6], &[4, 6]], |g, x| g.row_loss(Distance::Cosine, &x[0], &x[1], [false, true])),
+    case("transfer_loss", &[&[2, 5, 2, 4]], |g, x| {
+        let target = g.input("target", &[2, 10]);
+        g.transfer_loss(&x[0], &target)
+    }),
+    case("map_loss", &[&[2, 3, 12]], |g, x| {
+        let target = g.input("targets", &[1, 3, 3]);
+        let target = g.softmax(&target, 1.0);
+        g.map_loss(&x[0], 2, &target)
+    }),
+    case("pixel_loss_mse", &[&[2, 2, 5], &[5]], |g, x| {
+        let target = g.input("target", &[2, 2, 5]);
+        g.pixel_loss(Distance::Mse, &x[0], &target, &x[1])
+    }),
+    case("pixel_loss_cosine", &[&[2, 2, 5], &[5]], |g, x| {
+        let target = g.input("target", &[2, 2, 5]);
+        g.pixel_loss(Distance::Cosine, &x[0], &target, &x[1])
+    }),
 ];
 
 /// Captions 0 and 2 are equal, image 1 is mixed with image 0; the weights of both terms differ.

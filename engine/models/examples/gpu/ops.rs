@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use mcpipe_cuda::{Buffer, Cuda, Device, Element, Gradients, Parameters, Precision};
 use mcpipe_graph::{
-    Activation, BatchNormArgs, ConvArgs, Dtype, Executor, Feed, GraphBuilder, GraphError, Init, Layout, Mode,
+    Activation, BatchNormArgs, ConvArgs, Distance, Dtype, Executor, Feed, GraphBuilder, GraphError, Init, Layout, Mode,
     ParamStore, Part, Path, Tensor,
 };
 
@@ -83,6 +83,17 @@ const OPS: &[(&str, &[&[usize]], Build)] = &[
     ("depthwise7 256x14x14x384", &[&[256, 14, 14, 384]], |g, x| {
         g.conv2d(&Path::new("c"), &x[0], ConvArgs { bias: true, ..ConvArgs::new(384, 7).groups(384) })
     }),
+    ("row_loss 8192x768", &[&[8192, 768], &[8192, 768]], |g, x| g.row_loss(Distance::Mse, &x[0], &x[1], [true, false])),
+    ("transfer_loss 256x14x14x768", &[&[256, 14, 14, 768], &[256, 196]], |g, x| g.transfer_loss(&x[0], &x[1])),
+    ("map_loss 256x197x12x64", &[&[256, 197, 2304], &[256, 197, 197]], |g, x| g.map_loss(&x[0], 12, &x[1])),
+    ("pixel_loss_mse 256x14x14x768", &[&[256, 14, 14, 768], &[256, 14, 14, 768]], |g, x| {
+        let bias = g.param(&Path::new("b"), &[768], Init::Constant(0.1))?;
+        g.pixel_loss(Distance::Mse, &x[0], &x[1], &bias)
+    }),
+    ("pixel_loss_cosine 256x14x14x768", &[&[256, 14, 14, 768], &[256, 14, 14, 768]], |g, x| {
+        let bias = g.param(&Path::new("b"), &[768], Init::Constant(0.1))?;
+        g.pixel_loss(Distance::Cosine, &x[0], &x[1], &bias)
+    }),
 ];
 
 /// Forward and VJP of each op in bf16: seconds, bytes that must move (each operand once), share of the copy rate.
@@ -115,7 +126,8 @@ fn one(device: &Device, copy: f64, name: &str, inputs: &[&[usize]], build: Build
     // What must move at least; batch norm's statistics want a second reading of what they normalise.
     let twice = matches!(op, mcpipe_graph::Op::BatchNorm { .. });
     let forward_bytes = ins.iter().sum::<usize>() + out + if twice { ins[0] } else { 0 };
-    let backward_bytes = read + out + ins.iter().sum::<usize>() + if twice { ins[0] + out } else { 0 };
+    let written: usize = ins.iter().enumerate().filter(|(i, _)| op.differentiable(*i)).map(|(_, b)| b).sum();
+    let backward_bytes = read + out + written + if twice { ins[0] + out } else { 0 };
     let mut executor = Executor::new(Arc::clone(&graph), &params.store, Mode::Train, backend)?;
     for (i, shape) in inputs.iter().enumerate() {
         let values = Init::Normal(1.0).sample(i as u64, "x", &[shape.iter().product()]);

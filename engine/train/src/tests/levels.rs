@@ -172,6 +172,22 @@ fn attention_of_another_grid_and_with_a_class_token() {
     assert!(got[1] > 0.0 && got[1].is_finite(), "{got:?}");
 }
 
+/// What [`mcpipe_graph::fuse_losses`] looks for is what the levels add.
+#[test]
+fn levels_can_be_fused() {
+    let graphs = Graphs::new(&everything(false, training(10, 4, 1))).unwrap();
+    let losses = |graph: &mcpipe_graph::StepGraph| -> Vec<&str> {
+        let fused = mcpipe_graph::fuse_losses(graph);
+        let names = fused.nodes().filter_map(|(_, n)| n.op().map(mcpipe_graph::Op::name)).collect::<Vec<_>>();
+        let one_of = ["row_loss", "pixel_loss", "transfer_loss", "map_loss", "mse", "cosine", "kl"];
+        names.into_iter().filter(|n| one_of.contains(n)).collect()
+    };
+    let local = ["pixel_loss", "pixel_loss", "transfer_loss", "transfer_loss", "map_loss", "map_loss"];
+    assert_eq!(losses(&graphs.tower), local);
+    // Where the dimensions are the same, the contrastive loss reads the normalised rows too.
+    assert_eq!(losses(&graphs.loss), ["row_loss", "mse"]);
+}
+
 fn problems(level: &str, toml: &str, teachers: Option<&[&str]>) -> Vec<Problem> {
     let s = everything(false, training(10, 4, 1));
     let entry = mcpipe_spec::Distill {
