@@ -214,7 +214,7 @@ mod tests {
         let mut views = Views::default();
         let names = ["mobilenetv3_large_100", "mobilenetv3_large_075", "resnet18"];
         for name in names {
-            let backbone: Arc<_> = backbone(name, &toml::Table::new()).unwrap().into();
+            let backbone: Arc<_> = backbone(name, &toml::Table::new()).expect("a backbone").into();
             let (path, head) = (mcpipe_graph::Path::new("image"), None);
             let tower = BackboneTower { backbone, path, image_size: 64, head, projection: None };
             let filter = if name.ends_with("large_075") { Filter::Bilinear } else { Filter::Bicubic };
