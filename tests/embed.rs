@@ -253,7 +253,7 @@ fn every_projection_and_text_side_is_understood() {
     assert_eq!(embedding(&bench, "load.safetensors"), embedding(&bench, "one.safetensors"));
     fs::remove_dir_all(bench.path().join("load/export")).expect("removed");
     bench.mcpipe(&texts).assert().code(2).stderr_eq(str![[r#"
-mcpipe: error: the text tower's weights, clip.safetensors, are not there; [..]
+mcpipe: error: the text tower's weights, [..]/clip.safetensors, are not there; the run's spec.toml says where they are looked for
 
 "#]]);
 }

@@ -20,6 +20,7 @@ mod parallel;
 pub mod pooling;
 mod reduce;
 pub mod reference;
+pub mod relational;
 pub mod resize;
 pub mod separable;
 pub mod sigmoid_loss;

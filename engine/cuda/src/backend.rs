@@ -145,6 +145,7 @@ impl Layout for DeviceLayout {
         match op {
             // The log-sum-exp of each row; probabilities are computed again.
             Op::Attention(d) | Op::MaskedAttention(d) => vec![d.batch * d.heads * d.tokens],
+            Op::Relational(d) => ops::relational::saved(d),
             _ => op.saved(),
         }
     }
@@ -251,6 +252,7 @@ impl Backend for Cuda {
             self.saved(op).iter().zip(io.saved.iter()).map(|(&len, b)| b.view(len, Element::F32)).collect();
         let out = io.out.view(node.numel(), io.dtype.into());
         self.device.set_tf32(self.precision == Precision::Tf32);
+        self.device.set_bf16(self.precision == Precision::Bf16);
         let ran = ops::forward(&self.device, op, Forward { ins: &ins, out, saved: &saved });
         self.end(op.name(), &node.label, ran)
     }
@@ -274,6 +276,7 @@ impl Backend for Cuda {
             grads: &grads,
         };
         self.device.set_tf32(self.precision == Precision::Tf32);
+        self.device.set_bf16(self.precision == Precision::Bf16);
         let ran = ops::vjp(&self.device, op, io);
         self.end(op.name(), &node.label, ran)
     }

@@ -56,6 +56,7 @@ pub struct Device {
     /// Whether something was recorded, and scratch memory that recordings may name.
     recorded: Rc<Cell<bool>>,
     retired: Rc<RefCell<Vec<Memory>>>,
+    bf16: Rc<Cell<bool>>,
     pub(crate) weights: Rc<RefCell<Weights>>,
 }
 
@@ -68,6 +69,7 @@ impl Device {
             tf32: Rc::default(),
             recorded: Rc::default(),
             retired: Rc::default(),
+            bf16: Rc::default(),
             weights: Rc::default(),
         }
     }
@@ -149,6 +151,15 @@ impl Device {
     /// Whether products may round f32 operands to tf32.
     pub fn set_tf32(&self, tf32: bool) {
         self.tf32.set(tf32);
+    }
+
+    /// Whether losses round embeddings to bf16.
+    pub fn set_bf16(&self, bf16: bool) {
+        self.bf16.set(bf16);
+    }
+
+    pub(crate) fn bf16(&self) -> bool {
+        self.bf16.get()
     }
 
     /// Says that the weights in `range` were changed: copies of them in other types are out of date.

@@ -27,6 +27,7 @@ pub use device::{Device, Memory, Recording};
 pub use driver::gpu::{GpuInfo, gpus};
 pub use error::CudaError;
 pub use library::{Library, Place};
+pub use ops::relational::Pairs;
 pub use staging::Staging;
 pub use store::{Gradients, Parameters};
-pub use view::{Address, Element, View};
+pub use view::{Address, Element, Grad, View};

@@ -9,6 +9,8 @@ mod losses;
 mod norm;
 mod text;
 
+pub use losses::PairInputs;
+
 use std::collections::HashMap;
 use std::fmt;
 

@@ -20,7 +20,7 @@ pub mod op;
 mod params;
 
 pub use backend::{Backend, Cpu, Dtype, Kernels, Layout, Part};
-pub use builder::{BatchNormArgs, ConvArgs, GraphBuilder, Path};
+pub use builder::{BatchNormArgs, ConvArgs, GraphBuilder, PairInputs, Path};
 pub use exec::{ExecError, Executor, Feed, Feeds, OpTime, Watch};
 pub use fuse::FusedConv;
 pub use graph::{GraphError, Node, ParamId, ParamSpec, Source, StepGraph, StochasticInput, Tensor, ValueId};

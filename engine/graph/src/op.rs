@@ -10,6 +10,7 @@ use mcpipe_cpu::linear::Linear;
 use mcpipe_cpu::loss::Contrastive;
 use mcpipe_cpu::norm::{GroupNorm, Norm};
 use mcpipe_cpu::pooling::Pool2d;
+use mcpipe_cpu::relational::Relational;
 use mcpipe_cpu::resize::Resize;
 use mcpipe_cpu::separable::SeparableAttention;
 use mcpipe_cpu::sigmoid_loss::SigmoidLoss;
@@ -206,6 +207,10 @@ pub enum Op {
     },
     /// `a [B,D], b [B',D], scale [1], p_row [B,B'], p_col [B',B]` → scalar contrastive cross-entropy or KL.
     Contrastive(Contrastive),
+    /// `a [rows,D], b [cols,D], scale [1]`, the targets `own [rows] (i32), other [rows] (i32), keep [rows], group [cols] (i32),
+    /// share [cols], column_total [cols]`, then for each teacher `u [rows,D_k], v [cols,D_k]` (logits u·vᵀ) → `[2]`: CLIP's
+    /// cross-entropy and the relational distillation. Gradients to a, b and scale.
+    Relational(Relational),
     /// `a [B,D], b [B',D], scale [1], bias [1], t [B,B']` → scalar: SigLIP's pairwise cross-entropy.
     SigmoidLoss(SigmoidLoss),
     /// Mean squared error of `a, b` → scalar.
@@ -289,6 +294,7 @@ impl Op {
             Op::L2Normalize { .. } => "l2_normalize",
             Op::Softmax { .. } => "softmax",
             Op::Contrastive(_) => "contrastive",
+            Op::Relational(_) => "relational",
             Op::Mse => "mse",
             Op::Cosine { .. } => "cosine",
             Op::KlRows { .. } => "kl",
@@ -301,7 +307,7 @@ impl Op {
         let (inputs, output) = match self {
             Op::Conv2d(_) | Op::Linear(_) | Op::Embedding { .. } | Op::ScaleChannels { .. } => (0b11, false),
             Op::AttentionPool(_) | Op::TokenConv(_) => (0b11, false),
-            Op::SigmoidLoss(_) => (ALL, false),
+            Op::SigmoidLoss(_) | Op::Relational(_) => (ALL, false),
             Op::BatchNorm { .. } | Op::LayerNorm(_) | Op::GroupNorm(_) => (0b111, false),
             Op::BatchNormEval { .. } => (0b11111, false),
             Op::MatMul { .. } | Op::Mul | Op::Mse | Op::Cosine { .. } | Op::KlRows { .. } | Op::Contrastive(_) => {
@@ -354,7 +360,7 @@ impl Op {
             Op::BatchNormEval { .. } => i < 3,
             Op::Embedding { .. } => i == 0,
             Op::GatherRows { .. } | Op::ScaleSamples { .. } => i == 0,
-            Op::Contrastive(_) => i < 3,
+            Op::Contrastive(_) | Op::Relational(_) => i < 3,
             Op::SigmoidLoss(_) => i < 4,
             Op::MaskedAttention(_) => i == 0,
             Op::KlRows { .. } => i == 1,
@@ -381,6 +387,7 @@ impl Op {
             }
             Op::AttentionMap(d) => 2 * (d.batch * d.heads * d.tokens * d.tokens * d.head_dim) as u64,
             Op::Contrastive(d) => 2 * (d.rows * d.cols * d.dim) as u64,
+            Op::Relational(d) => d.flops(),
             Op::GlobalAvgPool { hw, .. } => n * *hw as u64,
             Op::SeparableAttention(d) => 4 * (d.batch * d.tokens * d.dim) as u64,
             Op::AvgPool(d) | Op::MaxPool(d) => n * (d.k * d.k) as u64,

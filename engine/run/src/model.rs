@@ -227,8 +227,7 @@ fn text_of_run(
                 }
                 false => {
                     return Err(RunError::Usage(format!(
-                        "the text tower's weights, {}, are not there; they are looked for from the folder that the run \
-                         was started in",
+                        "the text tower's weights, {}, are not there; the run's {SPEC} says where they are looked for",
                         file.display()
                     )));
                 }

@@ -193,9 +193,92 @@ impl SoftTargets {
     }
 }
 
+/// The distributions of [`SoftTargets`] in the sparse form that [`mcpipe_graph::Op::Relational`] reads.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct SparseTargets {
+    /// Group of the caption of each image: the first position where it occurs.
+    pub own: Vec<i32>,
+    /// Group of the caption of the image mixed into each; its own where none is.
+    pub other: Vec<i32>,
+    /// Share of the image itself; 1 where nothing is mixed in.
+    pub keep: Vec<f32>,
+    /// Group of each caption.
+    pub group: Vec<i32>,
+    /// One by the number of captions in the group.
+    pub share: Vec<f32>,
+    /// Mass that all images give each caption.
+    pub column_total: Vec<f32>,
+}
+
+impl SparseTargets {
+    /// The same targets as [`SoftTargets::new`].
+    pub fn new(captions: &[String], mix: Option<&Mix>) -> Self {
+        let mut first: HashMap<&str, usize> = HashMap::new();
+        let group: Vec<usize> =
+            captions.iter().enumerate().map(|(i, c)| *first.entry(c.as_str()).or_insert(i)).collect();
+        let mut sizes = vec![0usize; captions.len()];
+        group.iter().for_each(|&g| sizes[g] += 1);
+        let (mut other, mut keep) = (group.clone(), vec![1.0; captions.len()]);
+        if let Some(m) = mix {
+            for i in (0..captions.len()).filter(|&i| m.partner[i] != i) {
+                (other[i], keep[i]) = (group[m.partner[i]], m.keep[i]);
+            }
+        }
+        let mut masses = vec![0.0f64; captions.len()];
+        for i in 0..captions.len() {
+            masses[group[i]] += f64::from(keep[i]);
+            masses[other[i]] += f64::from(1.0 - keep[i]);
+        }
+        let ids = |groups: &[usize]| groups.iter().map(|&g| g as i32).collect();
+        SparseTargets {
+            own: ids(&group),
+            other: ids(&other),
+            keep,
+            share: group.iter().map(|&g| 1.0 / sizes[g] as f32).collect(),
+            column_total: group.iter().map(|&g| (masses[g] / sizes[g] as f64) as f32).collect(),
+            group: ids(&group),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use mcpipe_cpu::relational::PairTargets;
+
     use super::*;
+
+    #[test]
+    fn sparse_targets_are_the_dense_ones() {
+        let lists: [&[&str]; 4] = [&["a"], &["a", "b", "a", "c"], &["x", "x", "x", "x"], &["d", "c", "b", "a"]];
+        for list in lists {
+            let b = list.len();
+            let captions = captions(list);
+            let mixes = [
+                None,
+                Some(Mix { partner: (0..b).rev().collect(), keep: vec![0.75; b] }),
+                Some(Mix { partner: (0..b).map(|i| (i + 1) % b).collect(), keep: vec![0.0; b] }),
+                Some(Mix { partner: vec![0; b], keep: (0..b).map(|i| i as f32 / b as f32).collect() }),
+            ];
+            for mix in mixes {
+                let dense = SoftTargets::new(&captions, mix.as_ref());
+                let sparse = SparseTargets::new(&captions, mix.as_ref());
+                let pairs = PairTargets {
+                    own: &sparse.own,
+                    other: &sparse.other,
+                    keep: &sparse.keep,
+                    group: &sparse.group,
+                    share: &sparse.share,
+                    column_total: &sparse.column_total,
+                };
+                for (i, j) in (0..b * b).map(|n| (n / b, n % b)) {
+                    let [row, column] = [pairs.row(i, j), pairs.column(0, i, j)];
+                    let want = [dense.image_to_text[i * b + j], dense.text_to_image[j * b + i]];
+                    let error = (row - want[0]).abs().max((column - want[1]).abs());
+                    assert!(error < 1e-6, "{list:?} {mix:?} at ({i}, {j}): {row}, {column}, expected {want:?}");
+                }
+            }
+        }
+    }
 
     fn captions(list: &[&str]) -> Vec<String> {
         list.iter().map(|&c| c.to_owned()).collect()

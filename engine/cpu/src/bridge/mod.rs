@@ -34,6 +34,7 @@ use crate::linear::Linear;
 use crate::loss::Contrastive;
 use crate::norm::{GroupNorm, Norm};
 use crate::pooling::Pool2d;
+use crate::relational::Relational;
 use crate::resize::Resize;
 use crate::separable::SeparableAttention;
 use crate::sigmoid_loss::SigmoidLoss;
@@ -226,6 +227,18 @@ pub enum Op<'a> {
     Conv2d(Conv2d),
     /// a [B, D], b [B', D], scale \[1\], constant p_row [B, B'], constant p_col [B', B] → loss \[1\].
     Contrastive(Contrastive),
+    /// a [rows, D], b [cols, D], scale \[1\], constant keep \[rows\], share \[cols\], column_total \[cols\], then each
+    /// teacher's constant u [rows, D_k] and v [cols, D_k] → CE and KD \[2\].
+    Relational {
+        /// All dims.
+        dims: &'a Relational,
+        /// Group of the caption of each row's image.
+        own: &'a [i32],
+        /// Group of the caption of the image mixed into it.
+        other: &'a [i32],
+        /// Group of each column's caption.
+        group: &'a [i32],
+    },
     /// a, b → mean of (a − b)², \[1\].
     Mse,
     /// a, b [R, C] → mean of 1 − cos, \[1\].
@@ -392,6 +405,9 @@ pub fn run<E: Real>(op: &Op<'_>, inputs: &[&[E]], keep: bool) -> Result<Run<E>, 
         Op::MatMul { dims, alpha } => (nn::matmul(t, &dims, alpha), vec![]),
         Op::Conv2d(d) => (nn::conv2d(t, &d), vec![]),
         Op::Contrastive(d) => (losses::contrastive(t, &d, inputs), vec![]),
+        Op::Relational { dims, own, other, group } => {
+            (losses::relational(t, dims, [own, other, group], inputs), vec![])
+        }
         Op::Mse => (losses::mse(t), vec![]),
         Op::Cosine { rows, c } => (losses::cosine(t, rows, c), vec![]),
         Op::KlRows { rows, c } => (losses::kl_rows(t, rows, c, inputs), vec![]),

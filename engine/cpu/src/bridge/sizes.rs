@@ -132,6 +132,14 @@ pub(super) fn check<E>(op: &Op<'_>, inputs: &[&[E]]) -> Result<Sizes, BridgeErro
             constants = vec![3, 4];
             (vec![d.rows * d.dim, d.cols * d.dim, 1, d.rows * d.cols, d.rows * d.cols], 1)
         }
+        Op::Relational { dims: d, own, other, group } => {
+            if own.len() != d.rows || other.len() != d.rows || group.len() != d.cols {
+                return Err(BridgeError::Dims("a group for each row and each column is needed"));
+            }
+            let sides = d.teachers.iter().flat_map(|k| [d.rows * k, d.cols * k]);
+            constants = (3..6 + 2 * d.teachers.len()).collect();
+            ([d.rows * d.dim, d.cols * d.dim, 1, d.rows, d.cols, d.cols].into_iter().chain(sides).collect(), 2)
+        }
         Op::Mse => (vec![len(0), len(0)], 1),
         Op::Cosine { rows, c } => (vec![rows * c, rows * c], 1),
         Op::KlRows { rows, c } => {
@@ -148,7 +156,15 @@ pub(super) fn check<E>(op: &Op<'_>, inputs: &[&[E]]) -> Result<Sizes, BridgeErro
             return Err(BridgeError::Length { argument, expected, got: x.len() });
         }
     }
-    let loss = matches!(op, Op::Contrastive(_) | Op::SigmoidLoss(_) | Op::Mse | Op::Cosine { .. } | Op::KlRows { .. });
+    let loss = matches!(
+        op,
+        Op::Contrastive(_)
+            | Op::Relational { .. }
+            | Op::SigmoidLoss(_)
+            | Op::Mse
+            | Op::Cosine { .. }
+            | Op::KlRows { .. }
+    );
     Ok(Sizes { value, saved, constants, loss })
 }
 
@@ -172,6 +188,9 @@ fn dims(op: &Op<'_>) -> Result<(), BridgeError> {
                 || !d.c_out.is_multiple_of(d.groups) =>
         {
             "a convolution needs a step, and groups that divide both numbers of channels"
+        }
+        Op::Relational { dims: d, .. } if d.rows != d.cols || d.problem().is_some() => {
+            "the columns' sums need all rows, and at most 11 teachers fit"
         }
         Op::TokenConv(d) if d.kernel % 2 == 0 => "a convolution over tokens has an odd kernel",
         Op::SliceRows { rows, start, count, .. } if start + count > rows => "the slice passes the last row",

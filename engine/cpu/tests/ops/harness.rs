@@ -1,6 +1,7 @@
 //! Runs an op by this crate's kernels and by dfdx, and compares values and VJPs.
 
 use mcpipe_cpu::bridge::{self, Op, Real};
+use mcpipe_cpu::relational::{self, PairTargets};
 use mcpipe_cpu::{
     Workspace, activation, attention, attention_pool, conv, elementwise, embedding, gemm, layout, linear, loss, norm,
     pooling, resize, separable, sigmoid_loss, softmax, token_conv,
@@ -17,6 +18,14 @@ pub fn random(len: usize, seed: u64) -> Vec<f32> {
         .collect()
 }
 
+/// Targets and teachers of the relational op, from its tensor arguments.
+fn pairs<'a>(op: &Op<'a>, inputs: &'a [Vec<f32>]) -> (PairTargets<'a>, Vec<(&'a [f32], &'a [f32])>) {
+    let Op::Relational { own, other, group, .. } = *op else { unreachable!("asked for that op only") };
+    let x = |i: usize| inputs[i].as_slice();
+    let targets = PairTargets { own, other, group, keep: x(3), share: x(4), column_total: x(5) };
+    (targets, inputs[6..].chunks_exact(2).map(|side| (side[0].as_slice(), side[1].as_slice())).collect())
+}
+
 /// What fills an argument.
 #[derive(Clone, Copy, Debug)]
 pub enum Fill {
@@ -26,6 +35,8 @@ pub enum Fill {
     Probabilities(usize),
     /// Rows of this length, one-hot: row i at column i (modulo the length).
     OneHot(usize),
+    /// These values over and over.
+    Given(&'static [f32]),
     /// Rows of this length and unit norm.
     Unit(usize),
     /// Rows of this length, each ± the same unit vector, so that cosines are ±1.
@@ -50,6 +61,7 @@ pub fn fill(how: Fill, len: usize, seed: u64) -> Vec<f32> {
                 row[i % c] = 1.0;
             }
         }
+        Fill::Given(values) => x.iter_mut().zip(values.iter().cycle()).for_each(|(v, given)| *v = *given),
         Fill::Unit(c) => {
             for row in x.chunks_exact_mut(c) {
                 let norm = row.iter().map(|v| v * v).sum::<f32>().sqrt();
@@ -197,6 +209,10 @@ pub fn forward(op: &Op<'_>, inputs: &[Vec<f32>], ws: &mut Workspace) -> (Vec<f32
         Op::MatMul { dims, alpha } => gemm::gemm(&dims, alpha, x(0), x(1), 0.0, y_slice, ws),
         Op::Conv2d(d) => conv::conv2d_forward(&d, x(0), x(1), inputs.get(2).map(Vec::as_slice), y_slice, ws),
         Op::Contrastive(d) => y[0] = loss::contrastive_forward(&d, x(0), x(1), x(2)[0], x(3), x(4), ws),
+        Op::Relational { dims, .. } => {
+            let (targets, teachers) = pairs(op, inputs);
+            relational::relational_forward(dims, x(0), x(1), x(2)[0], &targets, &teachers, y_slice, ws);
+        }
         Op::Mse => y[0] = loss::mse_forward(x(0), x(1)),
         Op::Cosine { rows, c } => y[0] = loss::cosine_forward(rows, c, x(0), x(1)),
         Op::KlRows { rows, c } => y[0] = loss::kl_rows_forward(rows, c, x(0), x(1)),
@@ -390,6 +406,26 @@ pub fn backward(
             let (mut da, mut db, mut ds) = (vec![f32::NAN; inputs[0].len()], vec![f32::NAN; inputs[1].len()], f32::NAN);
             loss::contrastive_backward(&d, x(0), x(1), x(2)[0], x(3), x(4), dy[0], &mut da, &mut db, &mut ds, ws);
             vec![Some((da, false)), Some((db, false)), Some((vec![ds], false)), None, None]
+        }
+        Op::Relational { dims, .. } => {
+            let (mut da, mut db, mut ds) = (vec![f32::NAN; inputs[0].len()], vec![f32::NAN; inputs[1].len()], f32::NAN);
+            let (targets, teachers) = pairs(op, inputs);
+            let (scale, dl) = (x(2)[0], [dy[0], dy[1]]);
+            relational::relational_backward(
+                dims,
+                x(0),
+                x(1),
+                scale,
+                &targets,
+                &teachers,
+                dl,
+                &mut da,
+                &mut db,
+                &mut ds,
+                ws,
+            );
+            let constants = inputs[3..].iter().map(|_| None);
+            [da, db, vec![ds]].into_iter().map(|g| Some((g, false))).chain(constants).collect()
         }
         Op::Mse | Op::Cosine { .. } => (0..2)
             .map(|i| {

@@ -11,6 +11,7 @@ use mcpipe_cpu::linear::Linear;
 use mcpipe_cpu::loss::Contrastive;
 use mcpipe_cpu::norm::{GroupNorm, Norm};
 use mcpipe_cpu::pooling::Pool2d;
+use mcpipe_cpu::relational::Relational;
 use mcpipe_cpu::resize::Resize;
 use mcpipe_cpu::separable::SeparableAttention;
 use mcpipe_cpu::sigmoid_loss::SigmoidLoss;
@@ -209,6 +210,40 @@ pub fn cases(large: bool) -> Vec<Case> {
         all.push(Case { tolerance, ..case("contrastive one-hot", Op::Contrastive(d), &hard) });
         let opposed = inputs(Fill::Opposed(dim), Fill::OneHot(cols), Fill::Probabilities(rows));
         all.push(Case { tolerance, ..case("contrastive cosines of 1 and -1", Op::Contrastive(d), &opposed) });
+    }
+    for (widths, scale, embeddings) in [
+        (&[][..], 14.3, Fill::Unit as fn(usize) -> Fill),
+        (&[5], 1.0, Fill::Unit),
+        (&[4], 100.0, Fill::Unit),
+        (&[3], 100.0, Fill::Opposed),
+        (&[3, 6], 14.3, Fill::Unit),
+    ] {
+        let (batch, dim) = if large { (37, 67) } else { (6, 5) };
+        let dims: &'static Relational = Box::leak(Box::new(Relational::whole(batch, dim, widths)));
+        // Captions 0 and 3 are equal; images 1 and 2 are mixed, 4 shows nothing of its own caption.
+        let leak = |ids: Vec<i32>| -> &'static [i32] { Box::leak(ids.into_boxed_slice()) };
+        let group: Vec<i32> = (0..batch as i32).map(|j| if j == 3 { 0 } else { j }).collect();
+        let other: Vec<i32> =
+            group.iter().map(|&g| [0, 2, 1, 0, 5][g.clamp(0, 4) as usize].max(if g > 4 { g } else { 0 })).collect();
+        let op = Op::Relational { dims, own: leak(group.clone()), other: leak(other), group: leak(group) };
+        let [mut keep, mut share, mut total] = [0; 3].map(|_| vec![1.0f32; batch]);
+        (keep[1], keep[2], keep[4]) = (0.75, 0.3, 0.0);
+        (share[0], share[3]) = (0.5, 0.5);
+        // Σ_i p_row[i, j]: column 1 has ¾ of image 1 and 0.7 of image 2; column 4 nothing; column 5 image 4 too.
+        (total[1], total[2], total[4], total[5]) = (0.75 + 0.7, 0.25 + 0.3, 0.0, 2.0);
+        let given = |v: Vec<f32>| Fill::Given(Box::leak(v.into_boxed_slice()));
+        let mut inputs = vec![
+            (batch * dim, embeddings(dim)),
+            (batch * dim, embeddings(dim)),
+            (1, Fill::Uniform(0.0, scale)),
+            (batch, given(keep)),
+            (batch, given(share)),
+            (batch, given(total)),
+        ];
+        inputs
+            .extend(widths.iter().flat_map(|&k| [(batch * k, Fill::Uniform(scale, 0.0)), (batch * k, Fill::Unit(k))]));
+        let tolerance = 1e-5 * f64::from(scale.max(5.0)) / 5.0;
+        all.push(Case { tolerance, ..case("relational", op, &inputs) });
     }
     all
 }

@@ -10,6 +10,7 @@ pub(crate) mod layout;
 pub(crate) mod loss;
 pub(crate) mod norm;
 pub(crate) mod pooling;
+pub(crate) mod relational;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]
@@ -58,6 +59,7 @@ fn family<'a>(op: &Op) -> (Run<Forward<'a>>, Run<Vjp<'a>>) {
         | Op::SliceRows { .. }
         | Op::Permute { .. } => (layout::forward, layout::vjp),
         Op::GlobalAvgPool { .. } | Op::AvgPool(_) | Op::MaxPool(_) | Op::Resize(_) => (pooling::forward, pooling::vjp),
+        Op::Relational(_) => (relational::forward, relational::vjp),
         Op::L2Normalize { .. }
         | Op::Softmax { .. }
         | Op::Contrastive(_)

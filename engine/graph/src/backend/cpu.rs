@@ -6,6 +6,7 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 
 use mcpipe_cpu::norm::{self, Norm};
+use mcpipe_cpu::relational::{self, PairTargets};
 use mcpipe_cpu::{
     Epilogue, Precision, Workspace, activation, attention, attention_pool, conv, elementwise, embedding, gemm, layout,
     linear, loss, pooling, resize, separable, sigmoid_loss, softmax, token_conv,
@@ -198,6 +199,13 @@ impl Backend for Cpu {
             }
             Op::Softmax { rows, c, temperature } => softmax::softmax_rows_forward(*rows, *c, *temperature, x(0), y),
             Op::Contrastive(d) => y[0] = loss::contrastive_forward(d, x(0), x(1), x(2)[0], x(3), x(4), ws),
+            Op::Relational(d) => {
+                if d.rows != d.cols {
+                    return Err(failed(node, op, "the CPU holds all rows in one process"));
+                }
+                let (targets, teachers) = pairs(io.ins);
+                relational::relational_forward(d, x(0), x(1), x(2)[0], &targets, &teachers, y, ws);
+            }
             Op::Mse => y[0] = loss::mse_forward(x(0), x(1)),
             Op::Cosine { rows, c } => y[0] = loss::cosine_forward(*rows, *c, x(0), x(1)),
             Op::KlRows { rows, c } => y[0] = loss::kl_rows_forward(*rows, *c, x(0), x(1)),
@@ -255,6 +263,20 @@ fn fused_conv(
     };
     let residual = if f.residual { rest.next() } else { None };
     conv::conv2d_fused_forward(&f.conv, x, w, &Epilogue { bias, residual, act: f.act }, y, ws);
+}
+
+/// Targets and teachers of [`Op::Relational`].
+fn pairs<'a>(ins: &'a [Arg<'a, Cpu>]) -> (PairTargets<'a>, Vec<(&'a [f32], &'a [f32])>) {
+    let x = |i: usize| ins[i].values();
+    let targets = PairTargets {
+        own: ins[3].ids(),
+        other: ins[4].ids(),
+        keep: x(5),
+        group: ins[6].ids(),
+        share: x(7),
+        column_total: x(8),
+    };
+    (targets, ins[9..].chunks_exact(2).map(|side| (side[0].values(), side[1].values())).collect())
 }
 
 fn pair(saved: &mut [Vec<f32>]) -> [&mut Vec<f32>; 2] {

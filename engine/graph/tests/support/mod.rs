@@ -3,10 +3,11 @@
 use std::sync::Arc;
 
 use mcpipe_cpu::loss::Contrastive;
+use mcpipe_cpu::relational::Relational;
 use mcpipe_cpu::sigmoid_loss::SigmoidLoss;
 use mcpipe_graph::{
     Activation, Backend, BatchNormArgs, ConvArgs, Executor, Feed, Grads, GraphBuilder, GraphError, Init, Mode,
-    ParamKind, ParamStore, Path, StepGraph, Tensor,
+    PairInputs, ParamKind, ParamStore, Path, StepGraph, Tensor,
 };
 
 pub type Build = fn(&mut GraphBuilder, &[Tensor]) -> Result<Tensor, GraphError>;
@@ -123,6 +124,9 @@ pub const CASES: &[Case] = &[
         let d = Contrastive { rows: 3, cols: 3, dim: 6, w_row: 0.5, w_col: 0.5, subtract_entropy: true };
         g.contrastive(d, &a, &b, &x[2], [&targets, &targets])
     }),
+    case("relational", &[&[3, 6], &[3, 6], &[1]], |g, x| relational(g, x, &[])),
+    case("relational_teacher", &[&[3, 6], &[3, 6], &[1]], |g, x| relational(g, x, &[5])),
+    case("relational_teachers", &[&[3, 6], &[3, 6], &[1]], |g, x| relational(g, x, &[5, 4])),
     case("mse", &[&[4, 3], &[4, 3]], |g, x| g.mse(&x[0], &x[1])),
     case("cosine", &[&[4, 3], &[4, 3]], |g, x| g.cosine(&x[0], &x[1])),
     case("kl", &[&[4, 5]], |g, x| {
@@ -132,6 +136,28 @@ pub const CASES: &[Case] = &[
     }),
     case("attention_transfer_map", &[&[2, 3, 3, 4]], |g, x| g.attention_transfer_map(&x[0])),
 ];
+
+/// Captions 0 and 2 are equal, image 1 is mixed with image 0; the weights of both terms differ.
+fn relational(g: &mut GraphBuilder, x: &[Tensor], widths: &[usize]) -> Result<Tensor, GraphError> {
+    let (a, b) = (g.l2_normalize(&x[0]), g.l2_normalize(&x[1]));
+    let targets = PairInputs {
+        own: g.int_input("pairs.own", &[3]),
+        other: g.int_input("pairs.other", &[3]),
+        keep: g.input("pairs.keep", &[3]),
+        group: g.int_input("pairs.group", &[3]),
+        share: g.input("pairs.share", &[3]),
+        column_total: g.input("pairs.column_total", &[3]),
+    };
+    let teacher = |&width: &usize| {
+        let target = g.input(format!("teacher.{width}"), &[6, width]);
+        let u = g.slice_rows(&g.reshape(&target, &[1, 6, width])?, 0, 3)?;
+        let v = g.slice_rows(&g.reshape(&target, &[1, 6, width])?, 3, 3)?;
+        Ok((g.reshape(&u, &[3, width])?, g.reshape(&v, &[3, width])?))
+    };
+    let teachers = widths.iter().map(teacher).collect::<Result<Vec<_>, GraphError>>()?;
+    let teachers: Vec<(&Tensor, &Tensor)> = teachers.iter().map(|(u, v)| (u, v)).collect();
+    g.relational(&Relational::whole(3, 6, widths), &a, &b, &x[2], &targets, &teachers)
+}
 
 /// Values in ±1 that depend on nothing but `seed` and the position.
 pub fn noise(seed: u64, len: usize) -> Vec<f32> {
@@ -179,12 +205,21 @@ impl Built {
         let names: Vec<String> = (0..self.values.len()).map(|i| format!("x{i}")).collect();
         let targets = noise(90, 9);
         let target = noise(91, 20);
+        let [wide, narrow] = [(92, 30), (93, 24)].map(|(seed, len)| noise(seed, len));
         let mut feeds: Vec<(&str, Feed<'_>)> =
             names.iter().zip(&self.values).map(|(n, v)| (n.as_str(), Feed::F32(v))).collect();
         feeds.push(("ids", Feed::I32(&IDS)));
         feeds.push(("rows", Feed::I32(&[4, 1])));
         feeds.push(("targets", Feed::F32(&targets)));
         feeds.push(("target", Feed::F32(&target)));
+        feeds.push(("pairs.own", Feed::I32(&[0, 1, 0])));
+        feeds.push(("pairs.other", Feed::I32(&[0, 0, 0])));
+        feeds.push(("pairs.keep", Feed::F32(&[1.0, 0.75, 1.0])));
+        feeds.push(("pairs.group", Feed::I32(&[0, 1, 0])));
+        feeds.push(("pairs.share", Feed::F32(&[0.5, 1.0, 0.5])));
+        feeds.push(("pairs.column_total", Feed::F32(&[1.125, 0.75, 1.125])));
+        feeds.push(("teacher.5", Feed::F32(&wide)));
+        feeds.push(("teacher.4", Feed::F32(&narrow)));
         feeds.push(("drop_path.0", Feed::F32(&[4.0 / 3.0, 0.0, 4.0 / 3.0])));
         executor.forward(store, &feeds).expect("the feeds fit");
         let y = self.graph.output("y").expect("marked");

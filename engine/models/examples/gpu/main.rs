@@ -5,10 +5,12 @@
 //! * `student:MODEL@SIZE/BATCH[:PRECISION]`: a training step (forward, backward, AdamW) as one CUDA graph;
 //! * `forward:MODEL@SIZE/BATCH[:PRECISION]`: an evaluation forward;
 //! * `profile:MODEL@SIZE/BATCH[:PRECISION]`: where a training step's time goes, op by op;
+//! * `loss:BATCH`: the fused contrastive and relational loss, against cuBLASLt's time for the products it is made of;
 //! * `ops`: bytes that memory-bound ops move a second, against the copy rate.
 //!
 //! PRECISION is `bf16` (default), `tf32` or `f32`.
 
+mod loss;
 mod ops;
 
 use std::sync::Arc;
@@ -17,6 +19,7 @@ use mcpipe_cuda::optim::{Rule, StepValues, Tensor, Updater};
 use mcpipe_cuda::{Buffer, Cuda, CudaError, Device, Element, Gradients, Parameters, Precision, Recording};
 use mcpipe_graph::{Executor, Feed, GraphBuilder, Init, Mode, OpTime, ParamKind, ParamStore, Path, StepGraph};
 
+/// Whatever went wrong.
 pub type Failure = Box<dyn std::error::Error>;
 
 struct Case {
@@ -230,6 +233,7 @@ fn main() -> Result<(), Failure> {
             Some(("student", text)) => student(&device, text),
             Some(("forward", text)) => forward(&device, text),
             Some(("profile", text)) => profile(&device, text),
+            Some(("loss", batch)) => batch.parse().map_err(Failure::from).and_then(|b| loss::time(&device, b)),
             _ if case == "ceilings" => ops::ceilings(&device),
             _ if case == "ops" => ops::all(&device),
             _ => Err(format!("`{case}` is no case").into()),

@@ -278,6 +278,9 @@ impl CudaMachine {
             return self.work(names, weights);
         }
         let device = self.device.clone();
+        // A text encoder that ran since the last step has brought all copies of weights up to date: without this, no
+        // refresh would be recorded, and replays would go on with these copies.
+        self.changed();
         let recorded = device.record(|| {
             self.work(names, weights).map_err(|e| match e {
                 TrainError::Device(e) => e,

@@ -2,7 +2,7 @@
 
 use mcpipe_cpu::{
     Workspace, activation, attention, attention_pool, conv, elementwise, embedding, gemm, layout, linear, loss, norm,
-    pooling, resize, separable, sigmoid_loss, softmax, token_conv,
+    pooling, relational, resize, separable, sigmoid_loss, softmax, token_conv,
 };
 
 use super::Cpu;
@@ -143,6 +143,19 @@ fn vjp_simple<'a>(
     ins: &[Arg<'_, Cpu>],
     ws: &mut Workspace,
 ) {
+    if let Op::Relational(d) = op {
+        let (targets, teachers) = super::pairs(ins);
+        let mut found = [d.rows * d.dim, d.cols * d.dim, 1].map(|n| vec![0.0; n]);
+        let [da, db, ds] = &mut found;
+        let (scale, dl) = (x(2)[0], [dy[0], dy[1]]);
+        relational::relational_backward(d, x(0), x(1), scale, &targets, &teachers, dl, da, db, &mut ds[0], ws);
+        for (i, grad) in found.iter().enumerate() {
+            if let Some((to, add)) = g.get(i) {
+                elementwise::copy_or_add(grad, to, add);
+            }
+        }
+        return;
+    }
     // Losses have two or three targets and a scalar gradient.
     if matches!(op, Op::Contrastive(_) | Op::SigmoidLoss(_) | Op::Mse | Op::Cosine { .. } | Op::KlRows { .. }) {
         return loss_vjp(op, x, dy[0], g, ws);
