@@ -80,6 +80,11 @@ impl Cuda {
         &self.device
     }
 
+    /// Where the values of `part` lie.
+    pub fn place(part: &Part<'_, Self>) -> View {
+        whole(part)
+    }
+
     fn layout(&self) -> DeviceLayout {
         DeviceLayout { precision: self.precision }
     }

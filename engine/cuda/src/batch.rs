@@ -3,6 +3,7 @@
 use crate::device::Device;
 use crate::error::CudaError;
 use crate::launch::{Argument, Shape, launch};
+use crate::staging::Staging;
 use crate::view::{Element, View};
 
 /// Most inputs made in one launch.
@@ -99,6 +100,13 @@ pub struct Images {
     pub view_w: usize,
 }
 
+impl Images {
+    /// `batch` images of `size` x `size`, of which all is used.
+    pub fn whole(batch: usize, size: usize) -> Self {
+        Images { batch, h: size, w: size, view_h: size, view_w: size }
+    }
+}
+
 /// Device memory for the samples of a batch.
 ///
 /// # Errors
@@ -107,11 +115,8 @@ pub fn sample_memory(dev: &Device, batch: usize) -> Result<crate::Memory, CudaEr
     dev.alloc(batch * size_of::<Sample>())
 }
 
-/// Checks `samples` and brings them to the device.
-///
-/// # Errors
-/// [`CudaError::Unsupported`] for a view outside its image or a partner outside the batch.
-pub fn upload_samples(dev: &Device, images: &Images, samples: &[Sample], to: View) -> Result<(), CudaError> {
+/// Refuses a view outside its image and a partner outside the batch.
+fn check(images: &Images, samples: &[Sample]) -> Result<(), CudaError> {
     let inside = |at: i32, len: usize, most: usize| usize::try_from(at).is_ok_and(|at| at + len <= most);
     for (i, s) in samples.iter().enumerate() {
         let crop = inside(s.top, images.view_h, images.h) && inside(s.left, images.view_w, images.w);
@@ -119,7 +124,18 @@ pub fn upload_samples(dev: &Device, images: &Images, samples: &[Sample], to: Vie
             return Err(CudaError::Unsupported(format!("sample {i} of a batch lies outside its image: {s:?}")));
         }
     }
-    assert_eq!(samples.len(), images.batch, "one sample for each image");
+    if samples.len() == images.batch {
+        return Ok(());
+    }
+    Err(CudaError::Unsupported(format!("{} samples for {} images", samples.len(), images.batch)))
+}
+
+/// Checks `samples` and brings them to the device.
+///
+/// # Errors
+/// [`CudaError::Unsupported`] for a view outside its image or a partner outside the batch.
+pub fn upload_samples(dev: &Device, images: &Images, samples: &[Sample], to: View) -> Result<(), CudaError> {
+    check(images, samples)?;
     dev.upload(samples, to)
 }
 
@@ -169,4 +185,90 @@ pub fn model_inputs(
     let [h, w, view_h, view_w] = [h, w, view_h, view_w].map(|n| n as i32);
     let shape = Shape::row(batch * images.view_h, 256);
     launch!(dev, "batch", "model_inputs", shape, bytes, samples, outputs, h, w, view_h, view_w)
+}
+
+/// A batch's square images in one or more sizes, with what happens to each, on their way to the device.
+#[derive(Debug)]
+pub struct ImageStaging {
+    staging: Staging,
+    batch: usize,
+    sizes: Vec<usize>,
+}
+
+/// Bytes that images of a size and samples start at multiples of.
+const ALIGN: usize = 256;
+
+impl ImageStaging {
+    fn bytes(batch: usize, size: usize) -> usize {
+        batch * size * size * 3
+    }
+
+    /// Where the images of each size start, and the samples behind them.
+    fn starts(batch: usize, sizes: &[usize]) -> (Vec<usize>, usize) {
+        let mut end = 0;
+        let start = |&size: &usize| {
+            let at = end;
+            end += Self::bytes(batch, size).next_multiple_of(ALIGN);
+            at
+        };
+        (sizes.iter().map(start).collect(), end)
+    }
+
+    /// Room for `batch` images in each of `sizes`.
+    ///
+    /// # Errors
+    /// Memory that is refused.
+    pub fn new(dev: &Device, batch: usize, sizes: &[usize]) -> Result<Self, CudaError> {
+        let (_, end) = Self::starts(batch, sizes);
+        let staging = Staging::new(dev, end + batch * size_of::<Sample>())?;
+        Ok(ImageStaging { staging, batch, sizes: sizes.to_vec() })
+    }
+
+    /// Whether it is for such batches.
+    pub fn fits(&self, batch: usize, sizes: impl IntoIterator<Item = usize>) -> bool {
+        self.batch == batch && self.sizes.iter().copied().eq(sizes)
+    }
+
+    /// Sends images (bytes `[batch, size, size, 3]`, in the order of the sizes) and what happens to each.
+    ///
+    /// # Errors
+    /// Images of other sizes, samples that are not of this batch, what the driver refuses.
+    pub fn send(&mut self, images: &[&[u8]], samples: &[Sample]) -> Result<(), CudaError> {
+        let (batch, sizes) = (self.batch, &self.sizes);
+        let right = |(bytes, size): (&&[u8], &usize)| bytes.len() == Self::bytes(batch, *size);
+        if images.len() != sizes.len() || !images.iter().zip(sizes).all(right) {
+            return Err(CudaError::Unsupported(format!("images of other sizes than {batch} of {sizes:?}")));
+        }
+        for &size in sizes {
+            check(&Images::whole(batch, size), samples)?;
+        }
+        // SAFETY: 32-bit fields without gaps between them.
+        let samples = unsafe { std::slice::from_raw_parts(samples.as_ptr().cast::<u8>(), size_of_val(samples)) };
+        let (starts, end) = Self::starts(batch, sizes);
+        self.staging.send(|host| {
+            for (bytes, start) in images.iter().zip(starts) {
+                host[start..][..bytes.len()].copy_from_slice(bytes);
+            }
+            host[end..][..samples.len()].copy_from_slice(samples);
+        })
+    }
+
+    /// Makes inputs of what was sent: each of the images at a position among the sizes.
+    ///
+    /// # Errors
+    /// As [`model_inputs`].
+    pub fn make(&self, dev: &Device, inputs: &[(usize, Input)]) -> Result<(), CudaError> {
+        let (starts, end) = Self::starts(self.batch, &self.sizes);
+        self.staging.read(|all| {
+            let samples = all.slice(end, self.batch * size_of::<Sample>());
+            for (k, (&size, start)) in self.sizes.iter().zip(starts).enumerate() {
+                let bytes = all.slice(start, Self::bytes(self.batch, size));
+                let own: Vec<Input> = inputs.iter().filter(|(of, _)| *of == k).map(|(_, input)| *input).collect();
+                for own in own.chunks(MOST_INPUTS) {
+                    model_inputs(dev, &Images::whole(self.batch, size), bytes, samples, own)?;
+                }
+            }
+            Ok(())
+        })
+    }
 }

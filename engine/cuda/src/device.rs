@@ -220,6 +220,10 @@ impl Device {
         self.driver.fill(to.address, byte, to.bytes())
     }
 
+    pub(crate) fn driver(&self) -> &Rc<dyn Driver> {
+        &self.driver
+    }
+
     pub(crate) fn launch(&self, kernel: Kernel, shape: Shape, arguments: Arguments) -> Result<(), CudaError> {
         if shape.grid.contains(&0) {
             return Ok(());

@@ -18,6 +18,7 @@ mod launch;
 mod library;
 mod ops;
 pub mod optim;
+mod staging;
 mod store;
 mod view;
 
@@ -27,5 +28,6 @@ pub use driver::gpu::{GpuInfo, gpus};
 pub use error::CudaError;
 pub use library::{Library, Place};
 pub use ops::relational::Pairs;
+pub use staging::Staging;
 pub use store::{Gradients, Parameters};
 pub use view::{Address, Element, Grad, View};

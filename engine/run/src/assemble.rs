@@ -5,12 +5,12 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use mcpipe_data::{Filter, ImageForm, LoaderOptions, Normalize, SampleSet, TrainLoader};
+use mcpipe_data::{Filter, ImageForm, LoaderOptions, Normalize, SampleSet};
 use mcpipe_graph::{GraphBuilder, Param, ParamStore, StepGraph};
 use mcpipe_models::weights::{Entry, NameMap, write_safetensors};
 use mcpipe_models::{Checkpoint, Interpolation, Preprocess};
 use mcpipe_spec::Spec;
-use mcpipe_train::{Batch, BatchSource, BoxError, ImageTower, LOGIT_SCALE, Mix, TextTower};
+use mcpipe_train::{ImageTower, LOGIT_SCALE, TextTower, ViewSpec};
 
 use crate::error::RunError;
 use crate::resolve::models::TEXT;
@@ -142,33 +142,23 @@ pub fn write_weights(
     Ok(write_safetensors(path, &tensors, &metadata)?)
 }
 
-/// A model's own form of its images.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct View {
-    /// Side and filter of the resize.
-    pub form: ImageForm,
-    /// Normalisation.
-    pub normalize: Normalize,
-}
-
-impl View {
-    /// The form of a backbone's images at a size.
-    pub fn new(size: usize, preprocess: &Preprocess) -> Self {
-        let filter = match preprocess.interpolation {
-            Interpolation::Bilinear => Filter::Bilinear,
-            Interpolation::Bicubic => Filter::Bicubic,
-        };
-        Self { form: ImageForm { size, filter }, normalize: Normalize { mean: preprocess.mean, std: preprocess.std } }
-    }
+/// The form of a backbone's images at a size.
+pub fn view_of(size: usize, preprocess: &Preprocess) -> ViewSpec {
+    let filter = match preprocess.interpolation {
+        Interpolation::Bilinear => Filter::Bilinear,
+        Interpolation::Bicubic => Filter::Bicubic,
+    };
+    let normalize = Normalize { mean: preprocess.mean, std: preprocess.std };
+    ViewSpec { form: ImageForm { size, filter }, normalize }
 }
 
 /// The distinct views of a step's models.
 #[derive(Clone, Debug, Default)]
-pub struct Views(pub Vec<View>);
+pub struct Views(pub Vec<ViewSpec>);
 
 impl Views {
     /// The position of a view, added where it is new.
-    pub fn position(&mut self, view: View) -> usize {
+    pub fn position(&mut self, view: ViewSpec) -> usize {
         let found = self.0.iter().position(|held| *held == view);
         found.unwrap_or_else(|| {
             self.0.push(view);
@@ -208,45 +198,6 @@ pub fn loader_options(spec: &Spec, seed: u64, batch_size: usize, views: &Views) 
     }
 }
 
-/// Batches of the loader in the trainer's form: each model's view normalised, mixed alike.
-#[derive(Debug)]
-pub struct Source {
-    loader: TrainLoader,
-    views: Views,
-}
-
-impl Source {
-    /// Starts the stream at a step.
-    ///
-    /// # Errors
-    /// Options out of range, or fewer usable samples than one batch holds.
-    pub fn start(set: Arc<SampleSet>, options: LoaderOptions, views: Views, step: u64) -> Result<Self, RunError> {
-        Ok(Self { loader: TrainLoader::start(set, options, step)?, views })
-    }
-
-    /// What the loader has met.
-    pub fn stats(&self) -> &mcpipe_data::LoaderStats {
-        self.loader.stats()
-    }
-}
-
-impl BatchSource for Source {
-    fn next_batch(&mut self) -> Result<Batch, BoxError> {
-        let batch = self.loader.next_batch()?;
-        let rows = batch.len();
-        let mut views = Vec::with_capacity(self.views.0.len());
-        for view in &self.views.0 {
-            let bytes = batch.images_of(view.form).unwrap_or_default();
-            let mut values = vec![0.0; bytes.len()];
-            mcpipe_data::model_input(bytes, rows, view.form.size, batch.mix.as_ref(), &view.normalize, &mut values)?;
-            views.push(values);
-        }
-        let mix = batch.mix_targets().map(|targets| Mix { partner: targets.partner, keep: targets.lambda });
-        let cursor = serde_json::json!({ "step": self.loader.step() });
-        Ok(Batch { views, captions: batch.captions, mix, cursor })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
@@ -269,7 +220,7 @@ mod tests {
             let filter = if name.ends_with("large_075") { Filter::Bilinear } else { Filter::Bicubic };
             let (transform, _) = evaluation_view(&tower);
             assert_eq!((transform.size, transform.filter), (64, filter), "{name}");
-            views.position(View::new(tower.image_size, &tower.backbone.preprocess()));
+            views.position(view_of(tower.image_size, &tower.backbone.preprocess()));
         }
         let bilinear = ImageForm { size: 64, filter: Filter::Bilinear };
         assert_eq!(forms(&views), [64.into(), bilinear]);

@@ -14,7 +14,7 @@ use mcpipe_models::{Backbone, Checkpoint, backbone};
 use mcpipe_spec::TeacherKind;
 use mcpipe_train::{BackboneTower, CaptionEncoder, Compute, Encoder, EncoderTower, Head, LOGIT_SCALE};
 
-use crate::assemble::{View, WEIGHTS, declared, image_graph, read_own, read_weights, text_graph};
+use crate::assemble::{WEIGHTS, declared, image_graph, read_own, read_weights, text_graph, view_of};
 use crate::components::components;
 use crate::error::RunError;
 use crate::resolve::models::{PROJECTION, ProjectionHead, image_path};
@@ -96,7 +96,7 @@ pub(crate) fn named_backbone(
 /// How images are made ready for a tower in evaluation: resize and crop, then normalisation.
 pub(crate) fn evaluation_view(tower: &BackboneTower) -> (EvalTransform, Normalize) {
     let preprocess = tower.backbone.preprocess();
-    let view = View::new(tower.image_size, &preprocess);
+    let view = view_of(tower.image_size, &preprocess);
     // The published crop belongs to the published size; at another size nothing is cut away.
     let crop_pct = if tower.image_size == preprocess.image_size { f64::from(preprocess.crop_pct) } else { 1.0 };
     (EvalTransform { size: view.form.size, crop_pct, filter: view.form.filter }, view.normalize)

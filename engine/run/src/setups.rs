@@ -11,7 +11,7 @@ use mcpipe_train::{
     Objective, Teacher, TeacherModel, TrainSetup, TrainedModel, optimizer,
 };
 
-use crate::assemble::{View, Views, WEIGHTS, declared, image_graph, read_own, read_weights, text_graph};
+use crate::assemble::{Views, WEIGHTS, declared, image_graph, read_own, read_weights, text_graph, view_of};
 use crate::error::RunError;
 use crate::initial::Initial;
 use crate::pipeline::Resolved;
@@ -176,7 +176,7 @@ fn student_text_at(
 }
 
 fn view(views: &mut Views, tower: &BackboneTower) -> usize {
-    views.position(View::new(tower.image_size, &tower.backbone.preprocess()))
+    views.position(view_of(tower.image_size, &tower.backbone.preprocess()))
 }
 
 fn refused(table: &str, problem: &Problem) -> RunError {
@@ -269,7 +269,7 @@ fn teacher(
                     let (store, scale) = weights(frozen, &stage, &[image_graph(tower)?])?;
                     file_scale = scale;
                     let tower = Arc::new(tower.clone());
-                    let view = views.position(View::new(tower.image_size, &tower.backbone.preprocess()));
+                    let view = views.position(view_of(tower.image_size, &tower.backbone.preprocess()));
                     Some(FrozenImage { tower, store: Arc::new(store), view })
                 }
                 None => {

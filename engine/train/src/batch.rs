@@ -1,6 +1,9 @@
 //! Batches as the trainer takes them, and the targets of their image–text pairs.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
+
+use mcpipe_data::{DataError, MixTargets, Normalize, model_input};
 
 use crate::error::BoxError;
 
@@ -13,18 +16,117 @@ pub struct Mix {
     pub keep: Vec<f32>,
 }
 
+impl From<MixTargets> for Mix {
+    fn from(targets: MixTargets) -> Self {
+        Mix { partner: targets.partner, keep: targets.lambda }
+    }
+}
+
+/// A batch's images as bytes, cropped and flipped: what each model's view is made of.
+#[derive(Clone, Debug, Default)]
+pub struct ImageBytes {
+    /// Each form (size and filter of the resize) once.
+    pub forms: Vec<FormBytes>,
+    /// The views, in the order that the models count them in.
+    pub views: Vec<ByteView>,
+    /// Mixup or CutMix, not done yet.
+    pub mix: Option<mcpipe_data::Mix>,
+}
+
+/// Images in one form.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct FormBytes {
+    /// Side of an image.
+    pub size: usize,
+    /// RGB, `[B, size, size, 3]`.
+    pub bytes: Vec<u8>,
+}
+
+/// A model's view: a form, normalised.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ByteView {
+    /// Position of the form.
+    pub form: usize,
+    /// Mean and standard deviation of the model.
+    pub normalize: Normalize,
+}
+
+impl ImageBytes {
+    /// Refuses what is not `batch` whole images in each form, and what names things that are not there.
+    pub(crate) fn check(&self, batch: usize) -> Result<(), String> {
+        for FormBytes { size, bytes } in &self.forms {
+            if bytes.len() != batch * size * size * 3 {
+                return Err(format!("{} bytes are not {batch} images of {size}x{size}", bytes.len()));
+            }
+        }
+        if let Some(v) = self.views.iter().position(|v| v.form >= self.forms.len()) {
+            return Err(format!("view {v} is of form {}, of {}", self.views[v].form, self.forms.len()));
+        }
+        match self.mix.as_ref().and_then(|m| m.cut.as_ref()) {
+            Some(c) if c.top > c.bottom || c.left > c.right || c.bottom.max(c.right) > c.grid || c.grid == 0 => {
+                Err(format!("the box {c:?} lies outside its grid"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The views as values: mixed and normalised.
+    fn values(&self, batch: usize) -> Result<Vec<Vec<f32>>, DataError> {
+        let values = |view: &ByteView| {
+            let FormBytes { size, bytes } = &self.forms[view.form];
+            let mut values = vec![0.0; bytes.len()];
+            model_input(bytes, batch, *size, self.mix.as_ref(), &view.normalize, &mut values)?;
+            Ok(values)
+        };
+        self.views.iter().map(values).collect()
+    }
+}
+
 /// The samples of one optimiser step.
 #[derive(Clone, Debug, Default)]
 pub struct Batch {
     /// The same pixels, augmented and mixed alike, in each model's own size and normalisation:
-    /// `views[v]` is `[B, S_v, S_v, 3]`.
+    /// `views[v]` is `[B, S_v, S_v, 3]`. Empty where there are `bytes`.
     pub views: Vec<Vec<f32>>,
+    /// What the views are to be made of, where they aren't yet: on the CPU, or on the device that trains.
+    pub bytes: Option<ImageBytes>,
     /// Captions, one a sample.
     pub captions: Vec<String>,
     /// Mixup or CutMix, where the batch is mixed.
     pub mix: Option<Mix>,
     /// Where the source stands after this batch, in the source's own form; kept in checkpoints.
     pub cursor: serde_json::Value,
+}
+
+impl Batch {
+    /// A batch of bytes.
+    pub fn of_bytes(bytes: ImageBytes, captions: Vec<String>, cursor: serde_json::Value) -> Self {
+        let mix = bytes.mix.as_ref().map(|m| m.targets(captions.len()).into());
+        Batch { views: Vec::new(), bytes: Some(bytes), captions, mix, cursor }
+    }
+
+    /// The side of the images of view `view` and the number of their values; none where there is no such view. The side is
+    /// known of bytes alone.
+    pub(crate) fn view_size(&self, view: usize) -> Option<(Option<usize>, usize)> {
+        match &self.bytes {
+            Some(bytes) => {
+                let form = bytes.forms.get(bytes.views.get(view)?.form)?;
+                Some((Some(form.size), form.bytes.len()))
+            }
+            None => Some((None, self.views.get(view)?.len())),
+        }
+    }
+
+    /// The views' values, made where they are not there yet.
+    ///
+    /// # Errors
+    /// Bytes of another number than forms and captions say.
+    pub fn values(&self) -> Result<Cow<'_, [Vec<f32>]>, DataError> {
+        match &self.bytes {
+            Some(bytes) => Ok(Cow::Owned(bytes.values(self.captions.len())?)),
+            None => Ok(Cow::Borrowed(&self.views)),
+        }
+    }
 }
 
 /// Gives one batch after another, from wherever it was started.

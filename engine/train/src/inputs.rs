@@ -26,7 +26,8 @@ pub(crate) enum Value {
 /// A batch's values on the host.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Host<'a> {
-    pub views: &'a [Vec<f32>],
+    /// None where the images are written by other means ([`Inputs::image_places`]).
+    pub views: Option<&'a [Vec<f32>]>,
     pub ids: &'a [i32],
     pub eot: &'a [i32],
     pub features: &'a [f32],
@@ -34,9 +35,17 @@ pub(crate) struct Host<'a> {
 }
 
 impl<'a> Host<'a> {
+    fn brings(&self, value: Value) -> bool {
+        match value {
+            Value::View(_) => self.views.is_some(),
+            Value::Target(_) => false,
+            _ => true,
+        }
+    }
+
     fn floats(&self, value: Value) -> &'a [f32] {
         match value {
-            Value::View(v) => &self.views[v],
+            Value::View(v) => self.views.map_or(&[], |views| &views[v]),
             Value::Features => self.features,
             Value::Mask(i) => &self.masks[i],
             Value::Ids | Value::Eot | Value::Target(_) => &[],
@@ -56,7 +65,8 @@ impl<'a> Host<'a> {
 #[derive(Debug)]
 struct Staged<B: Backend> {
     value: Value,
-    buffer: B::Buffer,
+    /// None for images before the first come.
+    buffer: Option<B::Buffer>,
     dtype: Dtype,
     /// Elements of a part, and from one part to the next.
     len: usize,
@@ -74,6 +84,8 @@ pub(crate) struct Inputs<B: Backend> {
     backend: B,
     parts: usize,
     staged: Vec<Staged<B>>,
+    /// Whether this batch's images were written into the towers' own memory.
+    images_in_towers: bool,
 }
 
 /// One input of a tower.
@@ -130,10 +142,13 @@ impl<B: Backend> Tower<B> {
     ) -> Result<(), ExecError> {
         for port in &self.ports {
             let Some(staged) = port.staged.map(|s| &inputs.staged[s]) else { continue };
+            if inputs.images_in_towers && matches!(port.value, Value::View(_)) {
+                continue;
+            }
             if port.ids {
                 self.executor.set_ids(&port.tensor, staged.ids[part].clone());
-            } else {
-                self.executor.write(&port.tensor, staged.part(part), 0);
+            } else if let Some(from) = staged.part(part) {
+                self.executor.write(&port.tensor, from, 0);
             }
         }
         self.executor.walk(store, watch)
@@ -141,8 +156,18 @@ impl<B: Backend> Tower<B> {
 }
 
 impl<B: Backend> Staged<B> {
-    fn part(&self, part: usize) -> Part<'_, B> {
-        Part { buffer: &self.buffer, dtype: self.dtype, start: part * self.stride, len: self.len }
+    fn part(&self, part: usize) -> Option<Part<'_, B>> {
+        let (start, len) = (part * self.stride, self.len);
+        self.buffer.as_ref().map(|buffer| Part { buffer, dtype: self.dtype, start, len })
+    }
+
+    /// The memory, made where there is none yet.
+    fn room(&mut self, backend: &mut B, parts: usize) -> Result<&mut B::Buffer, ExecError> {
+        if self.buffer.is_none() {
+            let bytes = parts * self.stride * self.dtype.bytes();
+            self.buffer = backend.allocate(&[bytes])?.pop();
+        }
+        Ok(self.buffer.get_or_insert_with(B::Buffer::default))
     }
 }
 
@@ -169,13 +194,53 @@ impl<B: Backend> Inputs<B> {
                 let len = port.tensor.numel();
                 let stride = len.next_multiple_of(ALIGN);
                 let dtype = if target { dtype } else { Dtype::F32 };
-                let bytes = if port.ids { 0 } else { parts * stride * dtype.bytes() };
-                let buffer = backend.allocate(&[bytes]).map_err(ExecError::from)?.pop().unwrap_or_default();
                 let ids = if port.ids { vec![B::Ints::default(); parts] } else { Vec::new() };
-                staged.push(Staged { value: port.value, buffer, dtype, len, stride, ids });
+                let mut new = Staged { value: port.value, buffer: None, dtype, len, stride, ids };
+                // Images may come as bytes, and need no room here then.
+                if !port.ids && !matches!(port.value, Value::View(_)) {
+                    new.room(&mut backend, parts)?;
+                }
+                staged.push(new);
             }
         }
-        Ok(Inputs { backend, parts, staged })
+        Ok(Inputs { backend, parts, staged, images_in_towers: false })
+    }
+
+    /// Whether images have places without gaps between the parts.
+    pub(crate) fn has_image_places(&self) -> bool {
+        let gaps = |s: &Staged<B>| matches!(s.value, Value::View(_)) && s.stride != s.len;
+        self.parts == 1 || !self.staged.iter().any(gaps)
+    }
+
+    /// Whether this batch's images were written into the towers' own memory, which changes what the walks do.
+    pub(crate) fn images_in_towers(&self) -> bool {
+        self.images_in_towers
+    }
+
+    /// Where the images of each view go that are not uploaded as values: the whole batch in each place.
+    pub(crate) fn image_places<'a>(
+        &'a mut self,
+        towers: &[&'a Tower<B>],
+    ) -> Result<Vec<(usize, Part<'a, B>)>, ExecError> {
+        let mut places = Vec::new();
+        if self.parts == 1 {
+            for tower in towers {
+                for port in &tower.ports {
+                    if let Value::View(view) = port.value {
+                        places.push((view, tower.executor.part(&port.tensor)));
+                    }
+                }
+            }
+            return Ok(places);
+        }
+        let (backend, parts) = (&mut self.backend, self.parts);
+        for staged in &mut self.staged {
+            if let Value::View(view) = staged.value {
+                let (dtype, len) = (staged.dtype, staged.len * parts);
+                places.push((view, Part { buffer: staged.room(backend, parts)?, dtype, start: 0, len }));
+            }
+        }
+        Ok(places)
     }
 
     /// Copies a batch's values to the backend's memory.
@@ -184,19 +249,20 @@ impl<B: Backend> Inputs<B> {
             let len = all.len() / parts;
             &all[part * len..][..len]
         }
+        self.images_in_towers = self.parts == 1 && host.views.is_none();
         for tower in towers {
             for port in &tower.ports {
                 if port.ids {
                     for part in 0..self.parts {
                         tower.executor.check_ids(&port.tensor, slice(host.ids(port.value), part, self.parts))?;
                     }
-                } else if port.staged.is_none() && !matches!(port.value, Value::Target(_)) {
+                } else if port.staged.is_none() && host.brings(port.value) {
                     tower.executor.upload(&port.tensor, host.floats(port.value))?;
                 }
             }
         }
         for staged in &mut self.staged {
-            if matches!(staged.value, Value::Target(_)) {
+            if !host.brings(staged.value) {
                 continue;
             }
             for (part, ids) in staged.ids.iter_mut().enumerate() {
@@ -211,15 +277,16 @@ impl<B: Backend> Inputs<B> {
                 let (wanted, got) = (staged.len * self.parts, values.len().to_string());
                 return Err(ExecError::Feed { name, wanted, kind: "f32", got }.into());
             }
-            if staged.stride == staged.len {
-                self.backend.upload(values, staged.dtype, &mut staged.buffer);
+            let (dtype, len, stride) = (staged.dtype, staged.len, staged.stride);
+            let room = staged.room(&mut self.backend, self.parts)?;
+            if stride == len {
+                self.backend.upload(values, dtype, room);
             } else {
-                let mut padded = vec![0.0; staged.stride * self.parts];
+                let mut padded = vec![0.0; stride * self.parts];
                 for part in 0..self.parts {
-                    let to = &mut padded[part * staged.stride..][..staged.len];
-                    to.copy_from_slice(slice(values, part, self.parts));
+                    padded[part * stride..][..len].copy_from_slice(slice(values, part, self.parts));
                 }
-                self.backend.upload(&padded, staged.dtype, &mut staged.buffer);
+                self.backend.upload(&padded, dtype, room);
             }
         }
         Ok(())
@@ -229,7 +296,11 @@ impl<B: Backend> Inputs<B> {
     pub(crate) fn keep_target(&mut self, target: usize, part: usize, from: Part<'_, B>, tower: &mut Tower<B>) {
         let Some(port) = tower.ports.iter().find(|p| p.value == Value::Target(target)) else { return };
         match port.staged.map(|s| &mut self.staged[s]) {
-            Some(s) => self.backend.copy(from, &mut s.buffer, s.dtype, part * s.stride, false),
+            Some(s) => {
+                if let Some(buffer) = &mut s.buffer {
+                    self.backend.copy(from, buffer, s.dtype, part * s.stride, false);
+                }
+            }
             None => tower.executor.write(&port.tensor, from, 0),
         }
     }

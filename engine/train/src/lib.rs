@@ -30,6 +30,7 @@ mod machine;
 mod observer;
 mod optim;
 mod plan;
+mod prepared;
 mod schedule;
 mod setup;
 mod source;
@@ -41,7 +42,7 @@ mod trainer;
 #[cfg(test)]
 mod tests;
 
-pub use batch::{Batch, BatchSource, Mix, SoftTargets, SparseTargets};
+pub use batch::{Batch, BatchSource, ByteView, FormBytes, ImageBytes, Mix, SoftTargets, SparseTargets};
 pub use checkpoint::{CHECKPOINT_FORMAT, Checkpoint, CheckpointState, Checkpoints, Counters};
 pub use compute::{Compute, DeviceChoice};
 pub use ema::Average;

@@ -123,6 +123,12 @@ impl StepPlan {
         views.dedup();
         let batch = setup.training.batch_size;
         let images: usize = views.iter().map(|(_, side)| batch * side * side * 3).sum();
+        // As values; on a GPU as bytes, and as values only where several parts read them.
+        let image_bytes = match (gpu, setup.training.accumulate) {
+            (false, _) => images * F32,
+            (true, 1) => images,
+            (true, _) => images * (1 + F32),
+        };
         let targets: usize = graphs.targets.iter().map(|t| t.shape.iter().product::<usize>()).sum();
         Ok(StepPlan {
             batch_size: batch,
@@ -131,7 +137,7 @@ impl StepPlan {
             gradient_bytes: student * F32,
             optimizer_bytes: setup.optimizer.slots().len() * student * F32,
             average_bytes: averages * all,
-            batch_bytes: (images + targets * setup.training.accumulate) * F32,
+            batch_bytes: image_bytes + targets * setup.training.accumulate * F32,
         })
     }
 

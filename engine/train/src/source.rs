@@ -1,26 +1,20 @@
 //! The data crate's loader as a source of batches.
 
-use mcpipe_data::{DataError, MixTargets, Normalize, TrainLoader, model_input};
+use mcpipe_data::{DataError, ImageForm, Normalize, TrainLoader};
 
-use crate::batch::{Batch, BatchSource, Mix};
+use crate::batch::{Batch, BatchSource, ByteView, FormBytes, ImageBytes};
 use crate::error::BoxError;
 
-impl From<MixTargets> for Mix {
-    fn from(targets: MixTargets) -> Self {
-        Mix { partner: targets.partner, keep: targets.lambda }
-    }
-}
-
-/// The size and normalisation of one model's images.
+/// The form and normalisation of one model's images.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct ViewSpec {
-    /// Side of the square image; one of the loader's sizes.
-    pub size: usize,
+    /// Side and filter of the resize; one of the loader's forms.
+    pub form: ImageForm,
     /// Mean and standard deviation of the model.
     pub normalize: Normalize,
 }
 
-/// Batches of a [`TrainLoader`], in the views that the models of a step read. The loader starts at the step that
+/// Batches of a [`TrainLoader`], as bytes, with the views that the models of a step read. The loader starts at the step that
 /// [`step_of`](Self::step_of) reads from a checkpoint's cursor.
 #[derive(Debug)]
 pub struct LoaderSource {
@@ -48,18 +42,15 @@ impl LoaderSource {
 impl BatchSource for LoaderSource {
     fn next_batch(&mut self) -> Result<Batch, BoxError> {
         let made = self.loader.next_batch()?;
-        let mut views = Vec::with_capacity(self.views.len());
-        for view in &self.views {
-            let size = view.size;
-            let bytes = made.images_of(size);
-            let bytes =
-                bytes.ok_or_else(|| DataError::Option(format!("the loader makes no images of {size}x{size}")))?;
-            let mut values = vec![0.0; bytes.len()];
-            model_input(bytes, made.len(), size, made.mix.as_ref(), &view.normalize, &mut values)?;
-            views.push(values);
-        }
-        let mix = made.mix_targets().map(Mix::from);
+        let view = |v: &ViewSpec| {
+            let form = made.forms.iter().position(|f| *f == v.form);
+            let missing = || DataError::Option(format!("the loader makes no images of {0}x{0}", v.form.size));
+            Ok(ByteView { form: form.ok_or_else(missing)?, normalize: v.normalize })
+        };
+        let views = self.views.iter().map(view).collect::<Result<_, DataError>>()?;
+        let forms = made.forms.iter().zip(made.images);
+        let forms = forms.map(|(form, bytes)| FormBytes { size: form.size, bytes }).collect();
         let cursor = serde_json::json!({ "step": self.loader.step() });
-        Ok(Batch { views, captions: made.captions, mix, cursor })
+        Ok(Batch::of_bytes(ImageBytes { forms, views, mix: made.mix }, made.captions, cursor))
     }
 }

@@ -1,7 +1,7 @@
 //! One training step: values and gradients of the objective over a batch, on any backend.
 //!
 //! [`Step::prepare`] is the host's part: it checks the batch, makes tokens, masks and targets and copies them to the
-//! backend. [`Step::compute`] is the backend's part: teachers, forwards, losses and backwards, with nothing from or to the
+//! backend (`prepared.rs`). [`Step::compute`] is the backend's part: teachers, forwards, losses and backwards, with nothing from or to the
 //! host in between, so that a device may record it once and replay it. [`Step::values`] reads what came out.
 
 use std::rc::Rc;
@@ -12,16 +12,11 @@ use mcpipe_graph::{
     Backend, Dtype, ExecError, Executor, Grads, Mode, Node, Op, ParamSpec, ParamStore, Part, Source, StepGraph,
 };
 
-use crate::batch::{Batch, SoftTargets};
 use crate::distill::{Fed, Pairing, teacher_input};
-use crate::encoder::tokens;
 use crate::error::TrainError;
-use crate::graphs::{
-    Graphs, IMAGE, IMAGE_TO_TEXT, PAIRS, SCALED, TEXT, TEXT_TO_IMAGE, TeacherGraph, loss_name, term_names,
-};
-use crate::inputs::{Host, Inputs, Tower};
-use crate::setup::{Contrast, LOGIT_SCALE, MAX_LOGIT_SCALE, ModelText, TeacherModel, TrainSetup};
-use crate::stochastic::drop_masks;
+use crate::graphs::{Graphs, IMAGE, SCALED, TEXT, TeacherGraph, loss_name, term_names};
+use crate::inputs::{Inputs, Tower};
+use crate::setup::{LOGIT_SCALE, MAX_LOGIT_SCALE, TeacherModel, TrainSetup};
 
 /// Is shown each node and its value right after it ran.
 type Watch<'a> = dyn FnMut(&Node, &dyn Fn() -> Vec<f32>) + 'a;
@@ -30,7 +25,7 @@ type Watch<'a> = dyn FnMut(&Node, &dyn Fn() -> Vec<f32>) + 'a;
 fn unwatched(_: &Node, _: &dyn Fn() -> Vec<f32>) {}
 
 /// Elements that each scalar has to itself: kernels take addresses at multiples of 16 bytes.
-const CELL: usize = 4;
+pub(crate) const CELL: usize = 4;
 
 /// One teacher, running.
 #[derive(Debug)]
@@ -56,17 +51,17 @@ pub(crate) struct Step<B: Backend> {
     pub(crate) setup: Rc<TrainSetup>,
     pub(crate) graphs: Graphs,
     names: Vec<String>,
-    backend: B,
-    inputs: Inputs<B>,
-    tower: Tower<B>,
-    first: Option<Tower<B>>,
-    loss: Executor<B>,
+    pub(crate) backend: B,
+    pub(crate) inputs: Inputs<B>,
+    pub(crate) tower: Tower<B>,
+    pub(crate) first: Option<Tower<B>>,
+    pub(crate) loss: Executor<B>,
     pub(crate) teachers: Vec<TeacherRun<B>>,
     pub(crate) features: Vec<f32>,
     /// One cell for each of the graphs' losses ([`Step::cell`]), and one for the logit scale.
     cells: B::Buffer,
     /// Each loss's weight, cell by cell.
-    seeds: B::Buffer,
+    pub(crate) seeds: B::Buffer,
     /// The sum of the losses that have a weight.
     sum: B::Buffer,
 }
@@ -82,17 +77,6 @@ pub(crate) struct Values {
     pub finite: bool,
     /// exp(logit scale) after the step, where it was [kept](Step::keep_logit_scale).
     pub logit_scale: f64,
-}
-
-/// Rows scaled to unit length (zero rows stay zero).
-fn normalized(x: &[f32], rows: usize) -> Vec<f32> {
-    let mut out = Vec::with_capacity(x.len());
-    for row in x.chunks_exact((x.len() / rows.max(1)).max(1)) {
-        let norm = row.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt();
-        let scale = if norm == 0.0 { 0.0 } else { 1.0 / norm };
-        out.extend(row.iter().map(|v| (f64::from(*v) * scale) as f32));
-    }
-    out
 }
 
 impl<B: Backend> Step<B> {
@@ -160,98 +144,6 @@ impl<B: Backend> Step<B> {
 
     pub(crate) fn parts(&self) -> usize {
         self.setup.training.accumulate
-    }
-
-    /// Refuses a batch with other sizes than the setup's.
-    fn check(&self, batch: &Batch) -> Result<(), String> {
-        let b = self.setup.training.batch_size;
-        if batch.captions.len() != b {
-            return Err(format!("it has {} captions, {b} are needed", batch.captions.len()));
-        }
-        if let Some(mix) = &batch.mix {
-            let fits = mix.partner.len() == b && mix.keep.len() == b && mix.partner.iter().all(|&p| p < b);
-            let shares = mix.keep.iter().all(|k| (0.0..=1.0).contains(k));
-            if !fits || !shares {
-                return Err("its mixing names other samples than its own, or shares outside 0 to 1".into());
-            }
-        }
-        let mut views = vec![(self.setup.model.view, self.setup.model.image.image_size())];
-        for run in &self.teachers {
-            if let TeacherModel::Frozen { image: Some(i), .. } = &self.setup.teachers[run.plan.teacher].model {
-                views.push((i.view, i.tower.image_size()));
-            }
-        }
-        for (view, side) in views {
-            let got = batch.views.get(view).map(Vec::len);
-            if got != Some(b * side * side * 3) {
-                return Err(format!("view {view} has {got:?} values, {b} images of {side}x{side} are needed"));
-            }
-        }
-        Ok(())
-    }
-
-    /// Makes what a pass over the batch reads and copies it to the backend.
-    pub(crate) fn prepare(&mut self, batch: &Batch, step: u64, weights: &[f64]) -> Result<(), TrainError> {
-        self.check(batch).map_err(|reason| TrainError::Batch { step, reason })?;
-        let setup = Rc::clone(&self.setup);
-        let (mut ids, mut eot) = (Vec::new(), Vec::new());
-        match &setup.model.text {
-            ModelText::Trained { tower, tokenize } => {
-                let captions: Vec<&str> = batch.captions.iter().map(String::as_str).collect();
-                (ids, eot) = tokens(tokenize, tower.context_length(), tower.last_token(), &captions)?;
-            }
-            ModelText::Frozen { encoder, .. } => self.features = setup.text(*encoder)?.embed(&batch.captions)?,
-        }
-        let masks = drop_masks(self.graphs.tower.stochastic(), self.parts(), setup.seed, step);
-        let host = Host { views: &batch.views, ids: &ids, eot: &eot, features: &self.features, masks: &masks };
-        let mut towers: Vec<&mut Tower<B>> = vec![&mut self.tower];
-        towers.extend(&mut self.first);
-        towers.extend(self.teachers.iter_mut().filter_map(|r| r.tower.as_mut()));
-        self.inputs.upload(host, &mut towers)?;
-        self.feed_losses(batch)?;
-        let mut seeds = vec![0.0; self.cells_in_all() * CELL];
-        for (i, &slot) in self.graphs.whole.iter().enumerate() {
-            seeds[i * CELL] = weights[slot] as f32;
-        }
-        for (i, &slot) in self.graphs.local.iter().enumerate() {
-            for part in 0..self.parts() {
-                seeds[self.cell(i, part) * CELL] = (weights[slot] / self.parts() as f64) as f32;
-            }
-        }
-        self.backend.upload(&seeds, Dtype::F32, &mut self.seeds);
-        Ok(())
-    }
-
-    /// Copies to the loss graph what the host gives it: targets, and the embeddings of frozen text encoders.
-    fn feed_losses(&mut self, batch: &Batch) -> Result<(), TrainError> {
-        let setup = Rc::clone(&self.setup);
-        let targets = SoftTargets::new(&batch.captions, batch.mix.as_ref());
-        upload(&mut self.loss, IMAGE_TO_TEXT, &targets.image_to_text)?;
-        upload(&mut self.loss, TEXT_TO_IMAGE, &targets.text_to_image)?;
-        if matches!(setup.objective.contrast, Contrast::Sigmoid { .. }) {
-            upload(&mut self.loss, PAIRS, &targets.pairs)?;
-        }
-        if !self.graphs.text_in_tower {
-            upload(&mut self.loss, TEXT, &self.features)?;
-        }
-        for run in self.teachers.iter().filter(|r| r.plan.embeddings) {
-            let teacher = &setup.teachers[run.plan.teacher];
-            let (encoder, scale) = match &teacher.model {
-                TeacherModel::Frozen { image, text, logit_scale } => (*text, image.is_none().then_some(*logit_scale)),
-                TeacherModel::Average { .. } => match &setup.model.text {
-                    ModelText::Frozen { encoder, projection: None } => (Some(*encoder), None),
-                    _ => (None, None),
-                },
-            };
-            let Some(encoder) = encoder else { continue };
-            let text = normalized(&setup.text(encoder)?.embed(&batch.captions)?, batch.captions.len());
-            upload(&mut self.loss, &teacher_input(&teacher.name, Fed::Text), &text)?;
-            if let Some(scale) = scale {
-                let scaled: Vec<f32> = text.iter().map(|v| (f64::from(*v) * scale) as f32).collect();
-                upload(&mut self.loss, &teacher_input(&teacher.name, Fed::Scaled), &scaled)?;
-            }
-        }
-        Ok(())
     }
 
     /// Whether [`compute`](Self::compute) passes through the host.
@@ -333,12 +225,12 @@ impl<B: Backend> Step<B> {
     }
 
     /// Cells of losses, and the logit scale's.
-    fn cells_in_all(&self) -> usize {
+    pub(crate) fn cells_in_all(&self) -> usize {
         self.graphs.whole.len() + self.graphs.local.len() * self.parts() + 1
     }
 
     /// The cell of the tower graph's loss `i` over a part.
-    fn cell(&self, i: usize, part: usize) -> usize {
+    pub(crate) fn cell(&self, i: usize, part: usize) -> usize {
         self.graphs.whole.len() + i * self.parts() + part
     }
 
@@ -471,14 +363,6 @@ impl<B: Backend> Step<B> {
 /// A loss's weight.
 fn seed<B: Backend>(seeds: &B::Buffer, cell: usize) -> Part<'_, B> {
     Part { buffer: seeds, dtype: Dtype::F32, start: cell * CELL, len: 1 }
-}
-
-/// Copies values to the input called `name`, where the graph has one.
-fn upload<B: Backend>(executor: &mut Executor<B>, name: &str, values: &[f32]) -> Result<(), TrainError> {
-    match executor.graph().input(name) {
-        Some(input) => Ok(executor.upload(&input, values)?),
-        None => Ok(()),
-    }
 }
 
 /// Which parameters of `store` a gradient can reach.

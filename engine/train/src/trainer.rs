@@ -11,9 +11,9 @@ use mcpipe_graph::ParamStore;
 use crate::batch::{Batch, BatchSource};
 use crate::checkpoint::{CHECKPOINT_FORMAT, Checkpoint, CheckpointState, Checkpoints, Contents, Counters};
 use crate::ema::Average;
-use crate::error::TrainError;
+use crate::error::{BoxError, TrainError};
 use crate::graphs::{CLIP_SLOT, Graphs, term_names};
-use crate::machine::{At, Done, Machine, State, machine};
+use crate::machine::{Ahead, At, Done, Machine, State, machine};
 use crate::observer::{EvalWeights, Evaluate, Observer, SkippedStep, StepReport};
 use crate::optim::OptimizerState;
 use crate::schedule::LrState;
@@ -223,7 +223,8 @@ impl Trainer {
 
     /// Runs from where the training stands to its last step.
     ///
-    /// `source` must stand at [`cursor`](Self::cursor). Evaluations run after the steps that they are due at. Without
+    /// `source` must stand at [`cursor`](Self::cursor). With a device its next batch is taken while a step runs, so that it may
+    /// be one batch ahead of the cursor when this returns before the last step. Evaluations run after the steps that they are due at. Without
     /// `checkpoints` nothing is saved.
     ///
     /// # Errors
@@ -241,12 +242,15 @@ impl Trainer {
         let mut saved_at = Instant::now();
         let mut saved_step = None;
         let mut speed = Speed::default();
+        let mut batches = Batches { source, stop, ahead: None, more: true };
         while self.step < steps {
             if stop.requested() {
                 return self.interrupted(checkpoints, saved_step, observer);
             }
-            let batch = source.next_batch().map_err(|source| TrainError::Data { step: self.step, source })?;
-            let mut report = match self.one(&batch) {
+            let (batch, taken_ahead) = batches.take();
+            let batch = batch.map_err(|source| TrainError::Data { step: self.step, source })?;
+            batches.more = self.step + 1 < steps;
+            let mut report = match self.advance(&batch, taken_ahead, &mut batches) {
                 Err(TrainError::NonFinite { step, in_a_row, origin, .. }) => {
                     let checkpoint = checkpoints.map(Checkpoints::latest).transpose()?.flatten();
                     return Err(TrainError::NonFinite { step, in_a_row, origin, checkpoint });
@@ -329,14 +333,18 @@ impl Trainer {
     /// # Errors
     /// A batch that does not fit, a node that fails, or too many steps in a row that are not finite.
     pub fn one(&mut self, batch: &Batch) -> Result<StepReport, TrainError> {
+        self.advance(batch, false, &mut ())
+    }
+
+    fn advance(&mut self, batch: &Batch, taken_ahead: bool, ahead: &mut dyn Ahead) -> Result<StepReport, TrainError> {
         let training = self.setup.training.clone();
         self.weigh();
         let weights = std::mem::take(&mut self.weights);
         let base = self.setup.optimizer.lr() * self.setup.schedule.factor(self.step, training.steps, &self.schedule);
         let lr = base * self.counters.lr_scale;
         let momenta: Vec<f64> = self.state.averages.iter().map(|a| a.momentum_at(self.step, training.steps)).collect();
-        let at = At { step: self.step, weights: &weights, lr, momenta: &momenta };
-        let done = self.machine.step(&mut self.state, batch, at)?;
+        let at = At { step: self.step, weights: &weights, lr, momenta: &momenta, taken_ahead };
+        let done = self.machine.step(&mut self.state, batch, at, ahead)?;
         self.stale = true;
         let skipped = if done.updated {
             self.count_good();
@@ -390,6 +398,35 @@ impl Trainer {
             return Err(TrainError::NonFinite { step: self.step, in_a_row, origin, checkpoint: None });
         }
         Ok(SkippedStep::new(&origin, in_a_row, total, lr_scale))
+    }
+}
+
+/// A source, and the batch that was taken from it while a step ran.
+struct Batches<'a> {
+    source: &'a mut dyn BatchSource,
+    stop: &'a Stop,
+    ahead: Option<Result<Batch, BoxError>>,
+    /// Whether a step follows the one that runs.
+    more: bool,
+}
+
+impl Batches<'_> {
+    /// The next batch, and whether it was taken ahead.
+    fn take(&mut self) -> (Result<Batch, BoxError>, bool) {
+        match self.ahead.take() {
+            Some(batch) => (batch, true),
+            None => (self.source.next_batch(), false),
+        }
+    }
+}
+
+impl Ahead for Batches<'_> {
+    fn batch(&mut self) -> Option<&Batch> {
+        if !self.more || self.stop.requested() {
+            return None;
+        }
+        // A source that fails is told of when the batch is needed.
+        self.ahead.insert(self.source.next_batch()).as_ref().ok()
     }
 }
 

@@ -4,6 +4,7 @@ use std::cell::{OnceCell, RefCell};
 use std::collections::HashMap;
 use std::ffi::CString;
 use std::fmt;
+use std::ptr::NonNull;
 
 use cudarc::driver::{result as cuda, sys};
 use mcpipe_cpu::conv::Conv2d;
@@ -23,13 +24,53 @@ pub(crate) const LEAST_CAPABILITY: u32 = 80;
 /// Dynamic shared memory that needs no leave.
 const PLAIN_SHARED: u32 = 48 << 10;
 
-/// A GPU with one stream.
+/// A stream of copies beside another stream, with the events by which they wait for each other.
+#[derive(Clone, Copy)]
+struct Beside {
+    stream: sys::CUstream,
+    /// The copies so far.
+    copied: sys::CUevent,
+    /// The other stream's work so far.
+    opened: sys::CUevent,
+}
+
+impl Beside {
+    fn new() -> Result<Self, CudaError> {
+        let event = || {
+            let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING;
+            cuda::event::create(flags).map_err(|e| failed("cuEventCreate", e))
+        };
+        let (copied, opened) = (event()?, event()?);
+        let stream = new_stream()?;
+        Ok(Beside { stream, copied, opened })
+    }
+}
+
+fn new_stream() -> Result<sys::CUstream, CudaError> {
+    cuda::stream::create(cuda::stream::StreamKind::NonBlocking).map_err(|e| failed("cuStreamCreate", e))
+}
+
+/// `stream` goes on after what `other` was asked for until now.
+///
+/// # Safety
+/// All are alive.
+unsafe fn wait_for(stream: sys::CUstream, other: sys::CUstream, event: sys::CUevent) -> Result<(), CudaError> {
+    // SAFETY: as the caller says.
+    unsafe {
+        cuda::event::record(event, other).map_err(|e| failed("cuEventRecord", e))?;
+        cuda::stream::wait_event(stream, event, sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT)
+            .map_err(|e| failed("cuStreamWaitEvent", e))
+    }
+}
+
+/// A GPU with one stream, and one for copies.
 pub(crate) struct Gpu {
     name: String,
     device: sys::CUdevice,
     processors: usize,
     capability: u32,
     stream: sys::CUstream,
+    beside: Beside,
     modules: RefCell<HashMap<&'static str, sys::CUmodule>>,
     functions: RefCell<HashMap<Kernel, (sys::CUfunction, u32)>>,
     blas: OnceCell<Blas>,
@@ -142,8 +183,7 @@ impl Gpu {
         let context = unsafe { cuda::primary_ctx::retain(device) }.map_err(|e| failed("starting the GPU", e))?;
         // SAFETY: the context was just retained.
         unsafe { cuda::ctx::set_current(context) }.map_err(|e| failed("cuCtxSetCurrent", e))?;
-        let stream =
-            cuda::stream::create(cuda::stream::StreamKind::NonBlocking).map_err(|e| failed("cuStreamCreate", e))?;
+        let (stream, beside) = (new_stream()?, Beside::new()?);
         let processors = attribute(device, sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
         Ok(Gpu {
             name: format!("GPU {index}: {}", info.name),
@@ -151,6 +191,7 @@ impl Gpu {
             processors: processors as usize,
             capability: info.capability,
             stream,
+            beside,
             modules: RefCell::default(),
             functions: RefCell::default(),
             blas: OnceCell::new(),
@@ -298,6 +339,40 @@ impl Driver for Gpu {
         self.dnn()?.run(pass, d, x, w, y, tf32, |bytes| self.room(bytes))
     }
 
+    fn pin(&self, bytes: usize) -> Result<NonNull<u8>, CudaError> {
+        // SAFETY: it is freed by `unpin` alone.
+        let at = unsafe { cuda::malloc_host(bytes, 0) };
+        let at = at.map_err(|e| failed(format!("pinning {bytes} bytes of the host's memory"), e))?;
+        // SAFETY: it has this size. Memory is not to be read before it was written.
+        unsafe { at.cast::<u8>().write_bytes(0, bytes) };
+        NonNull::new(at.cast()).ok_or_else(|| CudaError::Unsupported("the driver pins no memory".into()))
+    }
+
+    fn unpin(&self, at: NonNull<u8>, _: usize) {
+        // SAFETY: it came from `pin` and is freed once. An error here is the device's earlier failure.
+        let _ = unsafe { cuda::free_host(at.as_ptr().cast()) };
+    }
+
+    fn upload_beside(&self, from: &[u8], to: Address) -> Result<(), CudaError> {
+        // SAFETY: the caller answers for the range, and leaves the bytes alone until the copy is done.
+        unsafe { cuda::memcpy_htod_async(to, from, self.beside.stream) }.map_err(|e| failed("a copy to the GPU", e))
+    }
+
+    fn join_beside(&self) -> Result<(), CudaError> {
+        // SAFETY: streams and events live as long as this.
+        unsafe { wait_for(self.stream, self.beside.stream, self.beside.copied) }
+    }
+
+    fn open_beside(&self) -> Result<(), CudaError> {
+        // SAFETY: streams and events live as long as this.
+        unsafe { wait_for(self.beside.stream, self.stream, self.beside.opened) }
+    }
+
+    fn wait_beside(&self) -> Result<(), CudaError> {
+        // SAFETY: the stream is alive.
+        unsafe { cuda::stream::synchronize(self.beside.stream) }.map_err(|e| failed("a copy to the GPU", e))
+    }
+
     fn synchronize(&self) -> Result<(), CudaError> {
         // SAFETY: the stream is alive.
         unsafe { cuda::stream::synchronize(self.stream) }.map_err(|e| failed("work on the GPU", e))
@@ -354,6 +429,7 @@ impl Drop for Gpu {
         self.dnn.take();
         // SAFETY: each handle was made here and is given back once, after all work on it.
         unsafe {
+            let _ = cuda::stream::synchronize(self.beside.stream);
             let _ = cuda::stream::synchronize(self.stream);
             for graph in self.graphs.borrow_mut().drain(..) {
                 let _ = cuda::graph::exec_destroy(graph);
@@ -361,6 +437,9 @@ impl Drop for Gpu {
             for (_, module) in self.modules.borrow_mut().drain() {
                 let _ = cuda::module::unload(module);
             }
+            let _ = cuda::event::destroy(self.beside.copied);
+            let _ = cuda::event::destroy(self.beside.opened);
+            let _ = cuda::stream::destroy(self.beside.stream);
             let _ = cuda::stream::destroy(self.stream);
             let _ = cuda::primary_ctx::release(self.device);
         }

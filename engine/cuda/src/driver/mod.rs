@@ -8,6 +8,7 @@ pub(crate) mod gpu;
 pub(crate) mod shim;
 
 use std::fmt::Debug;
+use std::ptr::NonNull;
 
 use mcpipe_cpu::conv::Conv2d;
 
@@ -61,7 +62,8 @@ pub enum ConvPass {
     Filter,
 }
 
-/// A device: memory, launches, library products, all in the order of one stream.
+/// A device: memory, launches, library products, all in the order of one stream; and copies from the host beside it, in the
+/// order of a stream of their own.
 pub(crate) trait Driver: Debug {
     /// What it is, for messages.
     fn name(&self) -> String;
@@ -90,7 +92,20 @@ pub(crate) trait Driver: Debug {
     /// A dense or grouped convolution over channels-last x `[B,H,W,Ci]`, y `[B,H',W',Co]` and weights
     /// `[Co,kh,kw,Ci/g]`; all of one element type. `Filter` overwrites dw, `Data` overwrites dx.
     fn convolution(&self, pass: ConvPass, d: &Conv2d, x: View, w: View, y: View, tf32: bool) -> Result<(), CudaError>;
-    /// Waits for everything asked for.
+    /// Memory of the host that the device reads by itself, without the host's help.
+    fn pin(&self, bytes: usize) -> Result<NonNull<u8>, CudaError>;
+    /// Gives it back: `bytes` of it were asked for.
+    fn unpin(&self, at: NonNull<u8>, bytes: usize);
+    /// Host to device beside the stream, once `open_beside` allows it. The device reads `from`, which is pinned, until
+    /// `wait_beside` has returned.
+    fn upload_beside(&self, from: &[u8], to: Address) -> Result<(), CudaError>;
+    /// The stream goes on once the copies beside it that were asked for are done.
+    fn join_beside(&self) -> Result<(), CudaError>;
+    /// Copies beside the stream that are asked for from now on begin after what the stream was asked for until now.
+    fn open_beside(&self) -> Result<(), CudaError>;
+    /// Waits for the copies beside the stream.
+    fn wait_beside(&self) -> Result<(), CudaError>;
+    /// Waits for everything asked for of the stream.
     fn synchronize(&self) -> Result<(), CudaError>;
     /// Starts to record what is asked for instead of doing it; false where that can't be.
     fn begin_capture(&self) -> Result<bool, CudaError>;

@@ -5,11 +5,12 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use mcpipe_train::{Checkpoints, EvalReport, Evaluate, Observer, Outcome, StepReport, Stop, Trainer};
+use mcpipe_data::TrainLoader;
+use mcpipe_train::{Checkpoints, EvalReport, Evaluate, LoaderSource, Observer, Outcome, StepReport, Stop, Trainer};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::assemble::{Source, WEIGHTS, loader_options, open_training_data, write_weights};
+use crate::assemble::{WEIGHTS, loader_options, open_training_data, write_weights};
 use crate::error::RunError;
 use crate::pipeline::Resolved;
 use crate::plan::Context;
@@ -59,7 +60,8 @@ pub fn run(
     let from = trainer.step();
     let before = if from > 0 { read_json(&context.dir.join(ELAPSED)).unwrap_or_default() } else { Elapsed::default() };
     let options = loader_options(resolved.spec(), seed, training.batch_size, &views);
-    let mut source = Source::start(data, options, views, from)?;
+    let loader = TrainLoader::start(data, options, from)?;
+    let mut source = LoaderSource::new(loader, views.0);
     let mut told = Told::open(context, from)?;
     (context.tell)(Event::Started { steps: Some(training.steps), from });
     if let Some(start) = start.filter(|_| from == 0) {
@@ -77,7 +79,7 @@ pub fn run(
     }
     finish(context, &trainer)?;
     let _ = std::fs::remove_file(context.dir.join(ELAPSED));
-    let stats = source.stats();
+    let stats = source.loader().stats();
     if stats.bad_samples > 0 {
         let first = stats.first_bad.first().cloned().unwrap_or_default();
         (context.tell)(Event::Warning(format!("{} bad samples were replaced; the first: {first}", stats.bad_samples)));

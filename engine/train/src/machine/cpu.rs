@@ -5,7 +5,7 @@ use std::rc::Rc;
 use mcpipe_cpu::optim::sum_of_squares;
 use mcpipe_graph::{Cpu, Grads, Kernels, Param, ParamStore, Precision};
 
-use super::{At, Done, Machine, State, apply};
+use super::{Ahead, At, Done, Machine, State, apply};
 use crate::batch::Batch;
 use crate::ema::Average;
 use crate::error::{Origin, TrainError};
@@ -94,7 +94,7 @@ impl CpuMachine {
 }
 
 impl Machine for CpuMachine {
-    fn step(&mut self, state: &mut State, batch: &Batch, at: At<'_>) -> Result<Done, TrainError> {
+    fn step(&mut self, state: &mut State, batch: &Batch, at: At<'_>, _: &mut dyn Ahead) -> Result<Done, TrainError> {
         self.keep_running(state);
         let mut values = self.pass(&mut state.store, &state.averages, batch, at.step, at.weights)?;
         let squares: f64 = if values.finite {

@@ -1,17 +1,20 @@
 //! Steps on a device: parameters, gradients, averages and the optimiser's state live there; the host sends a batch and a
 //! few scalars, and reads losses, norm and whether the step counted. The device's part of a step is recorded once and
-//! replayed.
+//! replayed. While it runs, the host makes the next batch ready and sends its images, as bytes, on a stream of their own;
+//! the next step begins by making the models' inputs of them.
 
 use std::rc::Rc;
 
+use mcpipe_cuda::batch::{ImageStaging, Input, Sample};
 use mcpipe_cuda::optim::{Copies, StepValues, Tensor, Updater};
 use mcpipe_cuda::{Buffer, Cuda, CudaError, Device, Element, Gradients, Parameters, Precision, Recording, View};
 use mcpipe_graph::{Param, ParamKind, ParamStore};
 
-use super::{At, Done, Machine, State, memory};
-use crate::batch::Batch;
+use super::{Ahead, At, Done, Machine, State, memory};
+use crate::batch::{Batch, ImageBytes};
 use crate::error::{Origin, TrainError};
 use crate::graphs::Graphs;
+use crate::prepared::Prepared;
 use crate::setup::{LOGIT_SCALE, MAX_LOGIT_SCALE, Teacher, TeacherModel, TrainSetup};
 use crate::step::{Step, Values, Weights};
 
@@ -41,6 +44,18 @@ pub(crate) struct CudaMachine {
     /// Memory that `put_back` reads.
     _kept: Parameters,
     recordings: Vec<Recorded>,
+    /// Images on their way; none before the first batch of bytes.
+    images: Option<ImageStaging>,
+    /// What was made ready of the batch ahead.
+    ready: Option<Ready>,
+}
+
+/// A batch on its way to the device.
+#[derive(Debug)]
+struct Ready {
+    prepared: Prepared,
+    /// Whether its images were sent as bytes.
+    sent: bool,
 }
 
 /// The device's part of a step with these terms at work.
@@ -48,6 +63,8 @@ pub(crate) struct CudaMachine {
 struct Recorded {
     /// Which terms have a weight.
     used: Vec<bool>,
+    /// Whether images are in the towers' own memory already.
+    in_towers: bool,
     steps: u32,
     recording: Option<Recording>,
     /// It was tried, and can't be recorded.
@@ -161,7 +178,61 @@ impl CudaMachine {
             put_back,
             _kept: kept,
             recordings,
+            images: None,
+            ready: None,
         })
+    }
+
+    /// Makes the batch of step `step` ready as far as that can be while the step before it runs.
+    fn stage(&mut self, batch: &Batch, step: u64) -> Result<Ready, TrainError> {
+        self.step.check(batch, step)?;
+        let bytes = batch.bytes.as_ref().filter(|_| self.step.inputs.has_image_places());
+        // Images first: they travel while the host makes the rest.
+        if let Some(bytes) = bytes {
+            self.send(bytes, batch.captions.len())?;
+        }
+        Ok(Ready { prepared: self.step.make(batch, step)?, sent: bytes.is_some() })
+    }
+
+    fn send(&mut self, images: &ImageBytes, batch: usize) -> Result<(), TrainError> {
+        let sizes = || images.forms.iter().map(|f| f.size);
+        if !self.images.as_ref().is_some_and(|held| held.fits(batch, sizes())) {
+            self.images = None;
+        }
+        let staging = match &mut self.images {
+            Some(staging) => staging,
+            none => none.insert(ImageStaging::new(&self.device, batch, &sizes().collect::<Vec<_>>())?),
+        };
+        let bytes: Vec<&[u8]> = images.forms.iter().map(|f| f.bytes.as_slice()).collect();
+        Ok(staging.send(&bytes, &samples(images.mix.as_ref(), batch))?)
+    }
+
+    /// Brings a batch that was made ready to where the step reads it.
+    fn put(&mut self, ready: Ready, batch: &Batch, at: At<'_>) -> Result<(), TrainError> {
+        let (Some(staging), Some(bytes), true) = (&self.images, &batch.bytes, ready.sent) else {
+            let views = batch.values().map_err(|e| TrainError::Batch { step: at.step, reason: e.to_string() })?;
+            return self.step.put(ready.prepared, Some(&views), at.weights);
+        };
+        self.step.put(ready.prepared, None, at.weights)?;
+        let mut inputs = Vec::new();
+        for (view, part) in self.step.image_places()? {
+            let view = bytes.views[view];
+            let side = bytes.forms[view.form].size;
+            let (mean, std) = (view.normalize.mean, view.normalize.std);
+            let to = Cuda::place(&part);
+            inputs.push((view.form, Input { to, top: 0, left: 0, h: side, w: side, channels: 3, mean, std }));
+        }
+        Ok(staging.make(&self.device, &inputs)?)
+    }
+
+    /// The images of a batch as the step reads them, each with the number of its view.
+    #[cfg(test)]
+    pub(crate) fn images(&mut self, batch: &Batch, at: At<'_>) -> Result<Vec<(usize, Vec<f32>)>, TrainError> {
+        let ready = self.stage(batch, at.step)?;
+        self.put(ready, batch, at)?;
+        let device = self.device.clone();
+        let read = |(view, part)| Ok((view, device.download(Cuda::place(&part))?));
+        self.step.image_places()?.into_iter().map(read).collect()
     }
 
     /// The device's part of a step.
@@ -189,11 +260,12 @@ impl CudaMachine {
     /// Runs the device's part of a step: from a recording where there is one.
     fn run(&mut self, names: &[String], weights: &[f64]) -> Result<(), TrainError> {
         let used: Vec<bool> = weights.iter().map(|w| *w != 0.0).collect();
-        let found = self.recordings.iter().position(|r| r.used == used);
+        let in_towers = self.step.inputs.images_in_towers();
+        let found = self.recordings.iter().position(|r| r.used == used && r.in_towers == in_towers);
         let at = found.unwrap_or(self.recordings.len());
         if found.is_none() {
             let refused = self.step.needs_host();
-            self.recordings.push(Recorded { used, steps: 0, recording: None, refused });
+            self.recordings.push(Recorded { used, in_towers, steps: 0, recording: None, refused });
         }
         let held = &mut self.recordings[at];
         held.steps += 1;
@@ -230,6 +302,22 @@ impl CudaMachine {
             }
         }
     }
+}
+
+/// What happens to each image of a batch.
+fn samples(mix: Option<&mcpipe_data::Mix>, batch: usize) -> Vec<Sample> {
+    let sample = |i: usize| {
+        let Some(mix) = mix else { return Sample::plain(i) };
+        let mixed = Sample { partner: mix.partner(i, batch) as i32, ..Sample::plain(i) };
+        match mix.cut {
+            None => Sample { lambda: mix.lambda, ..mixed },
+            Some(c) => {
+                let cells = [c.top, c.left, c.bottom, c.right].map(|n| n as i32);
+                Sample { grid: c.grid as i32, cells, ..mixed }
+            }
+        }
+    };
+    (0..batch).map(sample).collect()
 }
 
 /// What the updater works on.
@@ -271,14 +359,27 @@ fn aside(device: &Device, state: &State, params: &Parameters) -> Result<(Paramet
 }
 
 impl Machine for CudaMachine {
-    fn step(&mut self, state: &mut State, batch: &Batch, at: At<'_>) -> Result<Done, TrainError> {
+    fn step(
+        &mut self,
+        state: &mut State,
+        batch: &Batch,
+        at: At<'_>,
+        ahead: &mut dyn Ahead,
+    ) -> Result<Done, TrainError> {
+        let ready = self.ready.take().filter(|_| at.taken_ahead);
         let momenta = at.momenta.iter().map(|m| *m as f32).collect();
         let clip_norm = self.step.setup.training.clip_norm.map(|m| m as f32);
         let update = state.optimizer.step + 1;
         self.updater.set(&StepValues { lr: at.lr as f32, step: update, clip_norm, momenta })?;
-        self.step.prepare(batch, at.step, at.weights)?;
-        let ran = self.run(&names(state), at.weights);
+        let names = names(state);
+        let ran = match ready {
+            Some(ready) => Ok(ready),
+            None => self.stage(batch, at.step),
+        };
+        let ran = ran.and_then(|ready| self.put(ready, batch, at)).and_then(|()| self.run(&names, at.weights));
         ran.map_err(|e| memory::explain(&self.step.setup, &self.device, e))?;
+        // The device is at work. A batch that can't be made ready is refused when its own step begins.
+        self.ready = ahead.batch().and_then(|next| self.stage(next, at.step + 1).ok());
         let values = self.step.values(at.weights);
         let found = self.updater.result()?;
         if found.finite {
@@ -293,6 +394,7 @@ impl Machine for CudaMachine {
 
     fn diagnose(&mut self, state: &mut State, batch: &Batch, at: At<'_>) -> Result<Origin, TrainError> {
         self.sync(state)?;
+        self.ready = None;
         let setup = Rc::clone(&self.step.setup);
         let (device, all) = (self.device.clone(), self.grads.clone());
         let teachers = teachers(&setup, &names(state), &self.frozen, &self.averages);

@@ -52,6 +52,21 @@ pub(crate) struct At<'a> {
     pub lr: f64,
     /// Momenta of the averages, in their order.
     pub momenta: &'a [f64],
+    /// Whether the batch is the one that the last step took from its [`Ahead`].
+    pub taken_ahead: bool,
+}
+
+/// Gives the batch of the step after the one that runs.
+pub(crate) trait Ahead {
+    /// The batch; none where there is no next step, or no batch for it.
+    fn batch(&mut self) -> Option<&Batch>;
+}
+
+/// No step follows.
+impl Ahead for () {
+    fn batch(&mut self) -> Option<&Batch> {
+        None
+    }
 }
 
 /// How a step went.
@@ -66,11 +81,12 @@ pub(crate) struct Done {
 
 /// Runs steps.
 pub(crate) trait Machine: Debug {
-    /// One step on `batch`.
+    /// One step on `batch`. While a device works on it, it may take the next from `ahead` and make it ready.
     ///
     /// # Errors
-    /// A batch that does not fit, or a node that fails.
-    fn step(&mut self, state: &mut State, batch: &Batch, at: At<'_>) -> Result<Done, TrainError>;
+    /// A batch that does not fit, or a node that fails; never for what is ahead.
+    fn step(&mut self, state: &mut State, batch: &Batch, at: At<'_>, ahead: &mut dyn Ahead)
+    -> Result<Done, TrainError>;
 
     /// The name of the first loss term or parameter that was not finite in the last step.
     fn blame(&self, state: &State, values: &Values, weights: &[f64]) -> Origin;

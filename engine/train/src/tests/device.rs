@@ -4,7 +4,7 @@
 use super::*;
 
 /// The device, where there is one.
-fn device() -> Option<Compute> {
+pub(super) fn device() -> Option<Compute> {
     #[cfg(feature = "shim")]
     if std::env::var_os("MCPIPE_SHIM").is_some() {
         return Some(Compute::open(DeviceChoice::Shim, Kernels::Native).unwrap().0);
@@ -21,7 +21,7 @@ fn run(s: TrainSetup, mix: bool) -> (Trainer, Log) {
     (trainer, log)
 }
 
-fn bits(trainer: &Trainer) -> Vec<u32> {
+pub(super) fn bits(trainer: &Trainer) -> Vec<u32> {
     trainer.store().params().iter().flat_map(|p| p.data.iter().map(|v| v.to_bits())).collect()
 }
 

@@ -1,6 +1,7 @@
 //! Tests of whole steps, on towers small enough for finite differences.
 
 mod accumulate;
+mod bytes;
 mod checkpoints;
 mod device;
 mod gradients;
@@ -211,7 +212,8 @@ impl Random {
         }
         let partner = (0..b).map(|i| (i + 1) % b).collect();
         let mix = (self.mix && step.is_multiple_of(2)).then(|| Mix { partner, keep: vec![0.7; b] });
-        Batch { views: vec![view], captions, mix, cursor: serde_json::json!({ "step": step + 1 }) }
+        let cursor = serde_json::json!({ "step": step + 1 });
+        Batch { views: vec![view], captions, mix, cursor, ..Batch::default() }
     }
 }
 

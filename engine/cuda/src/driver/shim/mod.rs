@@ -16,6 +16,7 @@ use std::ffi::{CString, c_char, c_int, c_uint, c_void};
 use std::fmt;
 use std::ops::Range;
 use std::path::Path;
+use std::ptr::NonNull;
 
 use libloading::Library;
 use mcpipe_cpu::conv::Conv2d;
@@ -286,6 +287,33 @@ impl Driver for Shim {
             return Ok(());
         }
         dense::convolution(self, pass, d, [x, w, y], tf32)
+    }
+
+    fn pin(&self, bytes: usize) -> Result<NonNull<u8>, CudaError> {
+        // SAFETY: the layout's size is not zero.
+        let at = unsafe { std::alloc::alloc_zeroed(layout(bytes)) };
+        NonNull::new(at).ok_or(CudaError::OutOfMemory { wanted: bytes, free: 0, total: self.total })
+    }
+
+    fn unpin(&self, at: NonNull<u8>, bytes: usize) {
+        // SAFETY: `pin` made it with this layout.
+        unsafe { std::alloc::dealloc(at.as_ptr(), layout(bytes)) };
+    }
+
+    fn upload_beside(&self, from: &[u8], to: Address) -> Result<(), CudaError> {
+        self.upload(from, to)
+    }
+
+    fn join_beside(&self) -> Result<(), CudaError> {
+        Ok(())
+    }
+
+    fn open_beside(&self) -> Result<(), CudaError> {
+        Ok(())
+    }
+
+    fn wait_beside(&self) -> Result<(), CudaError> {
+        Ok(())
     }
 
     fn synchronize(&self) -> Result<(), CudaError> {
