@@ -18,8 +18,11 @@ pub fn random(len: usize, seed: u64) -> Vec<f32> {
         .collect()
 }
 
+/// Each teacher's u and v.
+type Embeddings<'a> = Vec<(&'a [f32], &'a [f32])>;
+
 /// Targets and teachers of the relational op, from its tensor arguments.
-fn pairs<'a>(op: &Op<'a>, inputs: &'a [Vec<f32>]) -> (PairTargets<'a>, Vec<(&'a [f32], &'a [f32])>) {
+fn pairs<'a>(op: &Op<'a>, inputs: &'a [Vec<f32>]) -> (PairTargets<'a>, Embeddings<'a>) {
     let Op::Relational { own, other, group, .. } = *op else { unreachable!("asked for that op only") };
     let x = |i: usize| inputs[i].as_slice();
     let targets = PairTargets { own, other, group, keep: x(3), share: x(4), column_total: x(5) };

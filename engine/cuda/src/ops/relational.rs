@@ -560,8 +560,8 @@ pub(crate) fn vjp(dev: &Device, op: &Op, io: Vjp<'_>) -> Result<(), CudaError> {
     let pairs = pairs(dev, op, io.ins)?;
     let grads = [io.grads[0], io.grads[1], io.grads[2]];
     if pairs.d.rows == 0 {
-        let fresh = grads.iter().flatten().filter(|g| !g.accumulate);
-        return fresh.map(|g| dev.fill(g.view, 0)).collect();
+        let mut fresh = grads.iter().flatten().filter(|g| !g.accumulate);
+        return fresh.try_for_each(|g| dev.fill(g.view, 0));
     }
     pairs.backward(dev, io.ins, io.saved, io.dout, grads)
 }

@@ -276,8 +276,11 @@ fn fused_conv(
     conv::conv2d_fused_forward(&f.conv, x, w, &Epilogue { bias, residual, act: f.act }, y, ws);
 }
 
+/// Each teacher's u and v.
+type Embeddings<'a> = Vec<(&'a [f32], &'a [f32])>;
+
 /// Targets and teachers of [`Op::Relational`].
-fn pairs<'a>(ins: &'a [Arg<'a, Cpu>]) -> (PairTargets<'a>, Vec<(&'a [f32], &'a [f32])>) {
+fn pairs<'a>(ins: &'a [Arg<'a, Cpu>]) -> (PairTargets<'a>, Embeddings<'a>) {
     let x = |i: usize| ins[i].values();
     let targets = PairTargets {
         own: ins[3].ids(),

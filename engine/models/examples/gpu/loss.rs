@@ -60,7 +60,7 @@ fn products(device: &Device, batch: usize) -> Result<[f64; 2], Failure> {
     };
     let (left, right, square) = (make(rows * TEACHER)?, make(batch * TEACHER)?, make(rows * batch)?);
     let view = |b: &Buffer, n: usize| b.view(n, Element::Bf16);
-    let mut time = |[m, n, k]: [usize; 3], a: &Buffer, b: &Buffer, d: &Buffer| {
+    let time = |[m, n, k]: [usize; 3], a: &Buffer, b: &Buffer, d: &Buffer| {
         let (a, b, d) = (view(a, m * k), view(b, n * k), view(d, m * n));
         Ok::<f64, Failure>(factor * median(device, 7, || Ok(device.matmul([m, n, k], a, b, d)?))?)
     };

@@ -233,7 +233,7 @@ impl Driver for Shim {
     }
 
     fn launch(&self, kernel: Kernel, shape: Shape, mut arguments: Arguments) -> Result<(), CudaError> {
-        if self.records(|| Job::Launch(kernel, shape, arguments.clone())) {
+        if self.records(|| Job::Launch(kernel, shape, Box::new(arguments.clone()))) {
             return Ok(());
         }
         let call = format!("kernel {} of kernels/{}.cu", kernel.name, kernel.file);

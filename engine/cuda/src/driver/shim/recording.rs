@@ -13,7 +13,7 @@ use crate::view::{Address, View};
 pub(super) enum Job {
     Copy(Address, Address, usize),
     Fill(Address, u8, usize),
-    Launch(Kernel, Shape, Arguments),
+    Launch(Kernel, Shape, Box<Arguments>),
     Product(Product, View, View, View, Option<View>),
     Convolution(ConvPass, Conv2d, [View; 3], bool),
 }
@@ -23,7 +23,7 @@ impl Job {
         match self {
             Job::Copy(from, to, bytes) => on.copy(from, to, bytes),
             Job::Fill(to, byte, bytes) => on.fill(to, byte, bytes),
-            Job::Launch(kernel, shape, arguments) => on.launch(kernel, shape, arguments),
+            Job::Launch(kernel, shape, arguments) => on.launch(kernel, shape, *arguments),
             Job::Product(p, a, b, d, bias) => on.product(&p, a, b, d, bias),
             Job::Convolution(pass, d, [x, w, y], tf32) => on.convolution(pass, &d, x, w, y, tf32),
         }
