@@ -45,6 +45,16 @@ __device__ __forceinline__ void mma_m16n8k16_bf16(float (&d)[4], const u32 (&a)[
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// d = a·b + c.
+__device__ __forceinline__ void mma_m16n8k16_bf16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2],
+                                                  const float (&c)[4]) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+               "{%10, %11, %12, %13};"
+               : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]),
+                 "f"(c[3]));
+}
+
 // 16 bytes from global to shared memory, both addresses 16-byte aligned; zeros where not valid, and then `from` is not
 // read. There only after cp_async_wait, and for other threads after a barrier behind that.
 __device__ __forceinline__ void cp_async_16(void* to, const void* from, bool valid) {
@@ -121,6 +131,11 @@ static inline void ldmatrix_x2_trans(u32 (&r)[2], const void* row) { mcpipe_shim
 static inline void mma_m16n8k16_bf16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
   mcpipe_shim::MatrixProduct p = {d, a, b};
   mcpipe_shim::collective(0xffffffffu, mcpipe_shim::merge_product, &p, "mma");
+}
+static inline void mma_m16n8k16_bf16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2], const float (&c)[4]) {
+  float sum[4] = {c[0], c[1], c[2], c[3]};
+  mma_m16n8k16_bf16(sum, a, b);
+  for (int i = 0; i < 4; i++) d[i] = sum[i];
 }
 static inline void cp_async_16(void* to, const void* from, bool valid) { mcpipe_shim::async_copy(to, from, 16, valid); }
 static inline void cp_async_commit() { mcpipe_shim::async_commit(); }

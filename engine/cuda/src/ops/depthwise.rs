@@ -1,9 +1,11 @@
-//! Depthwise convolutions: `kernels/depthwise.cu` and `kernels/depthwise_filter.cu`.
+//! Depthwise convolutions: `kernels/depthwise.cu` and `kernels/depthwise_filter.cu`; on tensor cores where
+//! `depthwise_band` takes the sizes.
 
 use mcpipe_cpu::conv::Conv2d;
 use mcpipe_cpu::token_conv::TokenConv;
 use mcpipe_graph::Op;
 
+use super::depthwise_band::Band;
 use crate::device::Device;
 use crate::error::CudaError;
 use crate::launch::{Argument, Arguments, Kernel, Kind, Shape, launch};
@@ -12,19 +14,19 @@ use crate::view::{Element, Forward, Grad, View, Vjp};
 /// `Conv` of `depthwise.cuh`.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
-struct Conv {
-    batch: i32,
-    h: i32,
-    w: i32,
-    oh: i32,
-    ow: i32,
-    c: i32,
+pub(super) struct Conv {
+    pub batch: i32,
+    pub h: i32,
+    pub w: i32,
+    pub oh: i32,
+    pub ow: i32,
+    pub c: i32,
     m: i32,
-    kh: i32,
+    pub kh: i32,
     kw: i32,
-    stride: i32,
-    pad_h: i32,
-    pad_w: i32,
+    pub stride: i32,
+    pub pad_h: i32,
+    pub pad_w: i32,
     lanes: i32,
 }
 
@@ -51,20 +53,20 @@ impl Conv {
         Conv { batch, h, w, oh: h, ow: w, c, m: 1, kh, kw: 1, stride: 1, pad_h, pad_w: 0, lanes: 0 }
     }
 
-    fn inputs(&self) -> usize {
+    pub fn inputs(&self) -> usize {
         [self.batch, self.h, self.w, self.c / self.m].map(|v| v as usize).iter().product()
     }
 
-    fn outputs(&self) -> usize {
+    pub fn outputs(&self) -> usize {
         [self.batch, self.oh, self.ow, self.c].map(|v| v as usize).iter().product()
     }
 
-    fn taps(&self) -> usize {
+    pub fn taps(&self) -> usize {
         (self.kh * self.kw) as usize
     }
 
     /// Whether the kernels with vector loads, `width` channels a thread, take these sizes, and of which element type.
-    fn vector(&self, width: i32, tensors: [View; 2]) -> Option<Element> {
+    pub fn vector(&self, width: i32, tensors: [View; 2]) -> Option<Element> {
         let [a, b] = tensors.map(|t| t.element);
         let square = self.kh == self.kw && matches!(self.kh, 3 | 5 | 7) && matches!(self.stride, 1 | 2);
         // Pixel blocks are counted in 32 bits.
@@ -90,7 +92,7 @@ impl Conv {
 }
 
 /// The kernel for squares of side `k`.
-fn named(names: [&'static str; 3], k: i32) -> &'static str {
+pub(super) fn named(names: [&'static str; 3], k: i32) -> &'static str {
     names[(k as usize - 3) / 2]
 }
 
@@ -109,6 +111,9 @@ pub(crate) fn convolve(
 /// y = conv(x, w) + bias.
 fn correlate(dev: &Device, d: Conv, x: View, w: View, bias: Option<View>, y: View) -> Result<(), CudaError> {
     let bias = bias.unwrap_or(View::none());
+    if let Some(band) = Band::new(&d, [x, y]) {
+        return band.correlate(dev, [x, w, bias, y], false, false);
+    }
     match d.vector(4, [x, y]) {
         Some(element) if d.stride == 1 => square(dev, d, element, None, [x, w, bias, y], false),
         Some(element) => square(dev, d, element, Some(i32::from(element == Element::F32) + 1), [x, w, bias, y], false),
@@ -176,9 +181,14 @@ fn data(dev: &Device, d: Conv, w: View, dy: View, dx: Grad) -> Result<(), CudaEr
     // The image read is dy, the one written dx.
     let mut back = Conv { h: d.oh, w: d.ow, oh: d.h, ow: d.w, ..d };
     let views = [dy, w, View::none(), dx.view];
+    if d.stride == 1 {
+        (back.pad_h, back.pad_w) = (d.kh - 1 - d.pad_h, d.kw - 1 - d.pad_w);
+        if let Some(band) = Band::new(&back, [dy, dx.view]) {
+            return band.correlate(dev, views, true, dx.accumulate);
+        }
+    }
     match d.vector(4, [dy, dx.view]) {
         Some(element) if d.stride == 1 => {
-            (back.pad_h, back.pad_w) = (d.kh - 1 - d.pad_h, d.kw - 1 - d.pad_w);
             square_flipped(dev, &mut back, element, None, views, true, dx.accumulate)
         }
         Some(element) if d.pad_h == d.kh / 2 && d.pad_w == d.kw / 2 => {
@@ -203,6 +213,7 @@ fn filter(
     let line = (d.taps() + 1) * d.c as usize;
     let width = if d.kh == 3 { 4 } else { 2 };
     let (partials, blocks) = match d.vector(width, [x, dy]) {
+        Some(_) if let Some(band) = Band::new(&d, [x, dy]) => band.filter(dev, d.taps(), [x, dy])?,
         Some(element) => {
             let tiles = d.cut(width as usize, 64 / width as usize);
             let f32s = element == Element::F32;

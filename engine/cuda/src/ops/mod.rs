@@ -4,6 +4,7 @@ pub(crate) mod attention;
 pub(crate) mod columns;
 pub(crate) mod dense;
 pub(crate) mod depthwise;
+mod depthwise_band;
 pub(crate) mod elementwise;
 pub(crate) mod embedding;
 pub(crate) mod layout;

@@ -6,7 +6,8 @@
 //! * `forward:MODEL@SIZE/BATCH[:PRECISION]`: an evaluation forward;
 //! * `profile:MODEL@SIZE/BATCH[:PRECISION]`: where a training step's time goes, op by op;
 //! * `loss:BATCH`: the fused contrastive and relational loss, against cuBLASLt's time for the products it is made of;
-//! * `ops`: bytes that memory-bound ops move a second, against the copy rate.
+//! * `ops`, `ops:NAME`: bytes that memory-bound ops (those with NAME in their name) move a second, against the copy
+//!   rate.
 //!
 //! PRECISION is `bf16` (default), `tf32` or `f32`.
 
@@ -235,7 +236,8 @@ fn main() -> Result<(), Failure> {
             Some(("profile", text)) => profile(&device, text),
             Some(("loss", batch)) => batch.parse().map_err(Failure::from).and_then(|b| loss::time(&device, b)),
             _ if case == "ceilings" => ops::ceilings(&device),
-            _ if case == "ops" => ops::all(&device),
+            _ if case == "ops" => ops::all(&device, ""),
+            Some(("ops", wanted)) => ops::all(&device, wanted),
             _ => Err(format!("`{case}` is no case").into()),
         };
         if let Err(e) = ran {

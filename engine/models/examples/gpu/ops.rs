@@ -57,6 +57,12 @@ const OPS: &[(&str, &[&[usize]], Build)] = &[
     ("batch_norm_silu 256x14x14x672", &[&[256, 14, 14, 672]], |g, x| {
         g.batch_norm(&Path::new("n"), &x[0], BatchNormArgs::new(Activation::Silu))
     }),
+    ("batch_norm_silu 256x7x7x960", &[&[256, 7, 7, 960]], |g, x| {
+        g.batch_norm(&Path::new("n"), &x[0], BatchNormArgs::new(Activation::Silu))
+    }),
+    ("layer_norm 256x3136x96", &[&[256, 3136, 96]], |g, x| g.layer_norm(&Path::new("n"), &x[0], 1e-6)),
+    ("layer_norm 256x784x192", &[&[256, 784, 192]], |g, x| g.layer_norm(&Path::new("n"), &x[0], 1e-6)),
+    ("layer_norm 256x196x384", &[&[256, 196, 384]], |g, x| g.layer_norm(&Path::new("n"), &x[0], 1e-6)),
     ("layer_norm 256x196x768", &[&[256, 196, 768]], |g, x| g.layer_norm(&Path::new("n"), &x[0], 1e-5)),
     ("layer_norm 1024x256x144", &[&[1024, 256, 144]], |g, x| g.layer_norm(&Path::new("n"), &x[0], 1e-5)),
     ("silu 256x56x56x96", &[&[256, 56, 56, 96]], |g, x| Ok(g.activation(&x[0], Activation::Silu))),
@@ -71,6 +77,18 @@ const OPS: &[(&str, &[&[usize]], Build)] = &[
     ("depthwise3s2 256x112x112x96", &[&[256, 112, 112, 96]], |g, x| {
         g.conv2d(&Path::new("c"), &x[0], ConvArgs::new(96, 3).groups(96).stride(2))
     }),
+    ("depthwise3 256x14x14x480", &[&[256, 14, 14, 480]], |g, x| {
+        g.conv2d(&Path::new("c"), &x[0], ConvArgs::new(480, 3).groups(480))
+    }),
+    ("depthwise3 256x56x56x144", &[&[256, 56, 56, 144]], |g, x| {
+        g.conv2d(&Path::new("c"), &x[0], ConvArgs::new(144, 3).groups(144))
+    }),
+    ("depthwise5s2 256x56x56x144", &[&[256, 56, 56, 144]], |g, x| {
+        g.conv2d(&Path::new("c"), &x[0], ConvArgs::new(144, 5).groups(144).stride(2))
+    }),
+    ("depthwise5 256x7x7x1152", &[&[256, 7, 7, 1152]], |g, x| {
+        g.conv2d(&Path::new("c"), &x[0], ConvArgs::new(1152, 5).groups(1152))
+    }),
     ("depthwise5 256x28x28x240", &[&[256, 28, 28, 240]], |g, x| {
         g.conv2d(&Path::new("c"), &x[0], ConvArgs::new(240, 5).groups(240))
     }),
@@ -79,6 +97,12 @@ const OPS: &[(&str, &[&[usize]], Build)] = &[
     }),
     ("depthwise7 256x56x56x96", &[&[256, 56, 56, 96]], |g, x| {
         g.conv2d(&Path::new("c"), &x[0], ConvArgs { bias: true, ..ConvArgs::new(96, 7).groups(96) })
+    }),
+    ("depthwise7 256x28x28x192", &[&[256, 28, 28, 192]], |g, x| {
+        g.conv2d(&Path::new("c"), &x[0], ConvArgs { bias: true, ..ConvArgs::new(192, 7).groups(192) })
+    }),
+    ("depthwise7 256x7x7x768", &[&[256, 7, 7, 768]], |g, x| {
+        g.conv2d(&Path::new("c"), &x[0], ConvArgs { bias: true, ..ConvArgs::new(768, 7).groups(768) })
     }),
     ("depthwise7 256x14x14x384", &[&[256, 14, 14, 384]], |g, x| {
         g.conv2d(&Path::new("c"), &x[0], ConvArgs { bias: true, ..ConvArgs::new(384, 7).groups(384) })
@@ -96,10 +120,11 @@ const OPS: &[(&str, &[&[usize]], Build)] = &[
     }),
 ];
 
-/// Forward and VJP of each op in bf16: seconds, bytes that must move (each operand once), share of the copy rate.
-pub fn all(device: &Device) -> Result<(), Failure> {
+/// Forward and VJP of each op whose name contains `wanted`, in bf16: seconds, bytes that must move (each operand once), share of the copy rate.
+pub fn all(device: &Device, wanted: &str) -> Result<(), Failure> {
     let copy = copy_rate(device)?;
-    for (name, inputs, build) in OPS {
+    println!(r#"{{"case": "copy", "TBps": {:.3}}}"#, copy / 1e12);
+    for (name, inputs, build) in OPS.iter().filter(|(name, ..)| name.contains(wanted)) {
         if let Err(e) = one(device, copy, name, inputs, *build) {
             println!(r#"{{"case": "op {name}", "error": {:?}}}"#, e.to_string());
         }
@@ -107,9 +132,32 @@ pub fn all(device: &Device) -> Result<(), Failure> {
     Ok(())
 }
 
-fn one(device: &Device, copy: f64, name: &str, inputs: &[&[usize]], build: Build) -> Result<(), Failure> {
+/// Normal values; they repeat, which saves the host's time.
+fn noise(seed: u64, n: usize) -> Vec<f32> {
+    Init::Normal(1.0).sample(seed, "x", &[n.min((1 << 22) - 3)]).into_iter().cycle().take(n).collect()
+}
+
+/// One op's times and the bytes that must move.
+struct Times {
+    forward: f64,
+    backward: f64,
+    forward_bytes: usize,
+    backward_bytes: usize,
+    /// Bytes of the first input and of the value.
+    sizes: [usize; 2],
+}
+
+/// With `wanted`, gradients of the inputs too.
+fn times(device: &Device, inputs: &[&[usize]], build: Build, wanted: bool) -> Result<Times, Failure> {
     let mut g = GraphBuilder::new(true);
-    let x: Vec<Tensor> = inputs.iter().enumerate().map(|(i, s)| g.input_with_grad(format!("x{i}"), s)).collect();
+    let x: Vec<Tensor> = inputs
+        .iter()
+        .enumerate()
+        .map(|(i, s)| match wanted {
+            true => g.input_with_grad(format!("x{i}"), s),
+            false => g.input(format!("x{i}"), s),
+        })
+        .collect();
     let y = build(&mut g, &x)?;
     g.output("y", &y);
     let graph = Arc::new(g.finish());
@@ -130,7 +178,7 @@ fn one(device: &Device, copy: f64, name: &str, inputs: &[&[usize]], build: Build
     let backward_bytes = read + out + written + if twice { ins[0] + out } else { 0 };
     let mut executor = Executor::new(Arc::clone(&graph), &params.store, Mode::Train, backend)?;
     for (i, shape) in inputs.iter().enumerate() {
-        let values = Init::Normal(1.0).sample(i as u64, "x", &[shape.iter().product()]);
+        let values = noise(i as u64, shape.iter().product());
         let feeds: Vec<(String, Feed<'_>)> = (0..inputs.len())
             .map(|j| (format!("x{j}"), if i == j { Feed::F32(&values) } else { Feed::Held }))
             .collect();
@@ -139,7 +187,7 @@ fn one(device: &Device, copy: f64, name: &str, inputs: &[&[usize]], build: Build
     }
     let forward = median(device, 11, || Ok(executor.walk(&params.store, &mut |_, _| {})?))?;
     let seed = Buffer::new(device.alloc(out.max(4))?);
-    let noise = Init::Normal(1.0).sample(9, "seed", &[y.numel()]);
+    let noise = noise(9, y.numel());
     let dtype = Layout::dtype(executor.backend(), &graph, y.id());
     match dtype {
         Dtype::F32 => device.upload(&noise, seed.view(y.numel(), Element::F32))?,
@@ -158,13 +206,29 @@ fn one(device: &Device, copy: f64, name: &str, inputs: &[&[usize]], build: Build
         executor.seed(&y, part())?;
         Ok(executor.walk_backward(&params.store, &mut grads.grads)?)
     })? - seeding;
+    Ok(Times { forward, backward, forward_bytes, backward_bytes, sizes: [ins[0], out] })
+}
+
+fn one(device: &Device, copy: f64, name: &str, inputs: &[&[usize]], build: Build) -> Result<(), Failure> {
+    let t = times(device, inputs, build, true)?;
     let share = |bytes: usize, seconds: f64| 100.0 * bytes as f64 / seconds / copy;
+    let mut parts = String::new();
+    if name.starts_with("depthwise") {
+        // Two kernels, each with two images to read or write.
+        let filter = times(device, inputs, build, false)?.backward;
+        let bytes = t.sizes.iter().sum();
+        parts = format!(
+            r#", "data_share": {:.0}, "filter_share": {:.0}"#,
+            share(bytes, t.backward - filter),
+            share(bytes, filter)
+        );
+    }
     println!(
-        r#"{{"case": "op {name}", "forward_us": {:.1}, "forward_share": {:.0}, "vjp_us": {:.1}, "vjp_share": {:.0}}}"#,
-        forward * 1e6,
-        share(forward_bytes, forward),
-        backward * 1e6,
-        share(backward_bytes, backward)
+        r#"{{"case": "op {name}", "forward_us": {:.1}, "forward_share": {:.0}, "vjp_us": {:.1}, "vjp_share": {:.0}{parts}}}"#,
+        t.forward * 1e6,
+        share(t.forward_bytes, t.forward),
+        t.backward * 1e6,
+        share(t.backward_bytes, t.backward)
     );
     Ok(())
 }
