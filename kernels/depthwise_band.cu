@@ -12,28 +12,30 @@
 // [slot][pair of columns] for the products, and rows of y go back the same way.
 #include "depthwise_band.cuh"
 
+// CHANNELS of a warp; a block has CHANNELS units at most.
 template <int K, int CHANNELS>
 __device__ __forceinline__ void band(const View& x, const View& w, const View& bias, const View& y, const Band& d,
                                      int flip, int accumulate) {
+  constexpr int PITCH = Pitch<128, CHANNELS>::VALUE, OUT = Pitch<64, CHANNELS>::VALUE, WIDTH = 8 * CHANNELS;
   DYNAMIC_SHARED(memory);
   const int t = threadIdx.x, warp = t / 32, lane = t % 32, g = lane / 4, q = lane % 4, threads = blockDim.x;
-  const int bits = d.unit_bits, units = 1 << bits, width = units * 8, c_first = blockIdx.x % d.tiles * width;
-  const int row_units = d.slots * 8 * units, pitch = channel_pitch(4 * d.slots, bits), out_pitch = channel_pitch(64, bits);
-  uint4* raw = (uint4*)memory;
-  u32* parted = (u32*)(raw + ROWS_AHEAD * row_units);
-  u32* out = parted + 2 * width * pitch;
-  const int x_step = d.w * (d.c / 8), y_step = d.ow * (d.c / 8);
+  const int bits = d.unit_bits, units = 1 << bits, tile = blockIdx.x % d.tiles * units, all = d.c / 8;
+  const int row_units = d.slots * 8 * units, x_step = d.w * all, y_step = d.ow * all;
+  // Two rows of y and of x with the channels apart, and the rows on their way.
+  u32* out = (u32*)memory;
+  u32* parted = out + 2 * WIDTH * OUT;
+  uint4* raw = (uint4*)(parted + 2 * WIDTH * PITCH);
 
   float* taps = (float*)memory;
-  for (int i = t; i < width * K * K; i += threads)
-    taps[i] = c_first + i / (K * K) < d.c ? load(w, (i64)c_first * K * K + i) : 0.0f;
+  for (int i = t; i < units * 8 * K * K; i += threads)
+    taps[i] = tile * 8 + i / (K * K) < d.c ? load(w, (i64)tile * 8 * K * K + i) : 0.0f;
   __syncthreads();
   // b[ky] = T_ky, see mma.cuh.
   u32 b[CHANNELS][K][2];
   float offset[CHANNELS];
 #pragma unroll
   for (int i = 0; i < CHANNELS; i++) {
-    int channel = warp * CHANNELS + i, c = c_first + channel;
+    int channel = warp * CHANNELS + i, c = tile * 8 + channel;
     offset[i] = bias.len && c < d.c ? load(bias, c) : 0.0f;
 #pragma unroll
     for (int ky = 0; ky < K; ky++) {
@@ -49,125 +51,157 @@ __device__ __forceinline__ void band(const View& x, const View& w, const View& b
       }
     }
   }
+  __syncthreads();
 
-  i64 begin, end;
-  share_of(d, begin, end);
-  while (begin < end) {
-    int group = (int)(begin / d.oh), oy0 = (int)(begin - (i64)group * d.oh);
-    int oy1 = end - begin < d.oh - oy0 ? oy0 + (int)(end - begin) : d.oh;
-    begin += oy1 - oy0;
-    const Strips s = strips_of(group, 16, d.batch * d.strips, d.strips);
-    const int slots = slots_of(s), top = oy0 > d.pad_h ? oy0 - d.pad_h : 0, last = oy1 - 1 - d.pad_h + K - 1;
-    const int bottom = last < d.h ? last : d.h - 1;
+  const int strips = d.batch * d.strips;
+  Walk use = walk_of<K>(d, 16, strips, false), ahead = use;
 
-    // What this thread copies, turns, and writes.
-    int source[CHANNELS];
+  // The units that this thread copies: whether there, and where in the next row.
+  const uint4* from = (const uint4*)x.data;
+  int source[CHANNELS], there = 0;
+  auto find_source = [&]() {
+    there = 0;
 #pragma unroll
     for (int n = 0; n < CHANNELS; n++) {
-      int id = t + n * threads, u = id & (units - 1), column = id >> bits & 7, slot = id >> (bits + 3), image, place;
-      bool full = slot_is_strip(s, slot, image, place);
-      int ix = 8 * place - d.pad_w + column, c = c_first + 8 * u;
-      bool there = slot < slots && image < d.batch && (full || column < K - 1) && ix >= 0 && ix < d.w && c < d.c;
-      source[n] = there ? ((image * d.h + top) * d.w + ix) * (d.c / 8) + c / 8 : -1;
+      int id = t + n * threads, u = tile + (id & (units - 1)), slot = id >> (bits + 3), image, place;
+      bool full = slot_is_strip(ahead.s, slot, image, place);
+      int column = id >> bits & 7, ix = 8 * place - d.pad_w + column;
+      bool valid = image < d.batch && (full || column < K - 1) && ix >= 0 && ix < d.w && u < all;
+      there |= (int)valid << n;
+      source[n] = ((image * d.h + ahead.at) * d.w + ix) * all + u;
     }
-    auto copy = [&](int i) {
-      if (top + i <= bottom) {
+  };
+  auto copy = [&](int i) {
+    if (ahead.live) {
+      if (ahead.at <= ahead.bottom) {
+        uint4* to = raw + i % ROWS_AHEAD * row_units + t;
 #pragma unroll
         for (int n = 0; n < CHANNELS; n++) {
-          int id = t + n * threads;
-          if (id < slots * 8 * units)
-            copy_unit(raw + i % ROWS_AHEAD * row_units + id, x, source[n] < 0 ? -1 : source[n] + i * x_step);
+          bool valid = there >> n & 1;
+          if (valid) CHECK_INDEX(x, (i64)source[n] * 8, 8);
+          if (t + n * threads < row_units) cp_async_16(to + n * threads, from + source[n], valid);
+          source[n] += x_step;
         }
       }
-      cp_async_commit();
-    };
-    auto turn = [&](int i) {
-      if (top + i > bottom) return;
-#pragma unroll
-      for (int n = 0; n < CHANNELS / 2; n++) {
-        int id = threads - 1 - t + n * threads, u = id & (units - 1), pair = id >> bits;
-        if (pair >= 4 * slots) continue;
-        const uint4* pixel = raw + i % ROWS_AHEAD * row_units + 2 * pair * units + u;
-        part_channels(pixel[0], pixel[units], parted + ((i & 1) * width + 8 * u) * pitch + pair, pitch);
+      if (ahead.at++ == ahead.last) {
+        open_range<K>(ahead, d, 16, strips, false);
+        if (ahead.live) find_source();
       }
-    };
-    const int out_u = t & (units - 1), out_pair = t >> bits;
-    int out_image, out_place;
-    slot_of(s, out_pair / 4, out_image, out_place);
-    const int out_x = 8 * out_place + 2 * (out_pair % 4), out_c = c_first + 8 * out_u;
-    const bool writes = out_pair < 4 * s.count && out_x < d.ow && out_c < d.c, second = out_x + 1 < d.ow;
-    const int target = (out_image * d.oh * d.ow + out_x) * (d.c / 8) + out_c / 8;
-    auto write = [&](int i) {
-      int oy = top + i + d.pad_h - (K - 1);
-      if (!writes || oy < oy0) return;
-      uint4 v[2];
-      join_channels(out + ((i & 1) * width + 8 * out_u) * out_pitch + out_pair, out_pitch, v[0], v[1]);
-      int at = target + oy * y_step;
-#pragma unroll
-      for (int k = 0; k < 2; k++) {
-        if (k == 1 && !second) continue;
-        CHECK_INDEX(y, (i64)at * 8 + k * d.c, 8);
-        uint4* to = (uint4*)y.data + at + k * (d.c / 8);
-        if (accumulate) {
-          float sum[8], old[8];
-          uint4 before = *to;
-          unpack_bf16(v[k].x, sum[0], sum[1]), unpack_bf16(v[k].y, sum[2], sum[3]);
-          unpack_bf16(v[k].z, sum[4], sum[5]), unpack_bf16(v[k].w, sum[6], sum[7]);
-          unpack_bf16(before.x, old[0], old[1]), unpack_bf16(before.y, old[2], old[3]);
-          unpack_bf16(before.z, old[4], old[5]), unpack_bf16(before.w, old[6], old[7]);
-#pragma unroll
-          for (int j = 0; j < 8; j++) sum[j] += old[j];
-          v[k] = make_uint4(pack_bf16(sum[0], sum[1]), pack_bf16(sum[2], sum[3]), pack_bf16(sum[4], sum[5]),
-                            pack_bf16(sum[6], sum[7]));
-        }
-        *to = v[k];
-      }
-    };
+    }
+    cp_async_commit();
+  };
 
-    // The fragments' rows: strips g and g + 8, or any where these are not there.
-    int image, place, upper = slot_of(s, g < s.count ? g : 0, image, place) * 4 + q;
-    int lower = slot_of(s, g + 8 < s.count ? g + 8 : 0, image, place) * 4 + q;
-    // Row oy = iy + pad − (K − 1) + j of y is in acc[j].
-    float acc[CHANNELS][K][4] = {};
-    __syncthreads();
+  // The pairs of pixels that it turns, from the last thread on: there is less for these to write.
+  const int back = threads - 1 - t, back_u = back & (units - 1), turns = 4 * d.slots - (back >> bits);
+  const uint4* turn_from = raw + (back >> bits) * 2 * units + back_u;
+  u32* turn_to = parted + back_u * 8 * PITCH + (back >> bits);
+  auto turn = [&](int i) {
 #pragma unroll
-    for (int i = 0; i < ROWS_AHEAD; i++) copy(i);
-    cp_async_wait<ROWS_AHEAD - 1>();
-    __syncthreads();
-    turn(0);
-    const int steps = last - top + 1;
+    for (int n = 0; n < CHANNELS / 2; n++) {
+      if (n * (threads >> bits) >= turns) continue;
+      const uint4* pixel = turn_from + i % ROWS_AHEAD * row_units + n * 2 * threads;
+      part_channels<PITCH>(pixel[0], pixel[units], turn_to + (i & 1) * WIDTH * PITCH + n * (threads >> bits));
+    }
+  };
+
+  // The pair of pixels that it writes (`target` in row 0, if there), and where this row's is.
+  const int pair = t >> bits;
+  const u32* write_from = out + (t & (units - 1)) * 8 * OUT + pair;
+  int target = 0, row_target = -1;
+  bool writes, second, row_second = false;
+  // The fragments' rows: strips g and g + 8.
+  int upper, lower;
+  auto find_target = [&]() {
+    int image, place, u = tile + (t & (units - 1));
+    slot_of(use.s, pair / 4, image, place);
+    int ox = 8 * place + 2 * (pair % 4);
+    writes = pair < 4 * use.s.count && ox < d.ow && u < all, second = ox + 1 < d.ow;
+    target = (image * d.oh * d.ow + ox) * all + u;
+    upper = slot_of(use.s, g, image, place) * 4 + q, lower = slot_of(use.s, g + 8, image, place) * 4 + q;
+  };
+  auto put = [&](int at, uint4 v) {
+    CHECK_INDEX(y, (i64)at * 8, 8);
+    uint4* to = (uint4*)y.data + at;
+    if (accumulate) {
+      float sum[8], old[8];
+      uint4 o = *to;
+      unpack_bf16(v.x, sum[0], sum[1]), unpack_bf16(v.y, sum[2], sum[3]);
+      unpack_bf16(v.z, sum[4], sum[5]), unpack_bf16(v.w, sum[6], sum[7]);
+      unpack_bf16(o.x, old[0], old[1]), unpack_bf16(o.y, old[2], old[3]);
+      unpack_bf16(o.z, old[4], old[5]), unpack_bf16(o.w, old[6], old[7]);
+#pragma unroll
+      for (int j = 0; j < 8; j++) sum[j] += old[j];
+      v = make_uint4(pack_bf16(sum[0], sum[1]), pack_bf16(sum[2], sum[3]), pack_bf16(sum[4], sum[5]),
+                     pack_bf16(sum[6], sum[7]));
+    }
+    *to = v;
+  };
+  auto write = [&](int i, int at, bool two) {
+    if (at < 0) return;
+    uint4 v[2];
+    join_channels<OUT>(write_from + (i & 1) * WIDTH * OUT, v[0], v[1]);
+    put(at, v[0]);
+    if (two) put(at + all, v[1]);
+  };
+
+  // Row oy = iy + pad − (K − 1) + j of y is in acc[j].
+  float acc[CHANNELS][K][4] = {};
+  if (ahead.live) find_source();
+#pragma unroll
+  for (int i = 0; i < ROWS_AHEAD; i++) copy(i);
+  cp_async_wait<ROWS_AHEAD - 1>();
+  __syncthreads();
+  turn(0);
+  if (use.live) find_target();
+  int i = 0;
 #pragma unroll 1
-    for (int i = 0; i < steps; i++) {
-      // Row i + 1 is there and row i turned, for all threads; row i − 1 of y lies in `out`.
-      cp_async_wait<ROWS_AHEAD - 2>();
-      __syncthreads();
-      copy(i + ROWS_AHEAD);
-      turn(i + 1);
-      const bool within = top + i <= bottom, finished = top + i + d.pad_h - (K - 1) >= oy0;
+  for (; use.live; i++) {
+    // Row i + 1 is there and row i turned, for all threads; row i − 1 of y lies in `out`.
+    cp_async_wait<ROWS_AHEAD - 2>();
+    __syncthreads();
+    copy(i + ROWS_AHEAD);
+    turn(i + 1);
+    const int oy = use.at + d.pad_h - (K - 1);
+    u32 a[CHANNELS][4] = {};
+    if (use.at <= use.bottom) {
+      const u32* at = parted + (i & 1) * WIDTH * PITCH + warp * CHANNELS * PITCH;
 #pragma unroll
       for (int n = 0; n < CHANNELS; n++) {
-        const int channel = (i & 1) * width + warp * CHANNELS + n;
-        const float zero[4] = {};
-        u32 a[4] = {};
-        if (within) {
-          const u32* at = parted + channel * pitch;
-          a[0] = at[upper], a[1] = at[lower], a[2] = at[upper + 4], a[3] = at[lower + 4];
-        }
-#pragma unroll
-        for (int j = 0; j + 1 < K; j++) mma_m16n8k16_bf16(acc[n][j], a, b[n][K - 1 - j], acc[n][j + 1]);
-        mma_m16n8k16_bf16(acc[n][K - 1], a, b[n][0], zero);
-        if (finished) {
-          u32* to = out + channel * out_pitch + g * 4 + q;
-          to[0] = pack_bf16(acc[n][0][0] + offset[n], acc[n][0][1] + offset[n]);
-          to[32] = pack_bf16(acc[n][0][2] + offset[n], acc[n][0][3] + offset[n]);
-        }
+        a[n][0] = at[n * PITCH + upper], a[n][1] = at[n * PITCH + lower];
+        a[n][2] = at[n * PITCH + upper + 4], a[n][3] = at[n * PITCH + lower + 4];
       }
-      if (i > 0) write(i - 1);
     }
-    __syncthreads();
-    write(steps - 1);
-    cp_async_wait<0>();
+#pragma unroll
+    for (int j = 0; j < K; j++) {
+#pragma unroll
+      for (int n = 0; n < CHANNELS; n++) {
+        const float zero[4] = {};
+        if (j + 1 < K) mma_m16n8k16_bf16(acc[n][j], a[n], b[n][K - 1 - j], acc[n][j + 1]);
+        else mma_m16n8k16_bf16(acc[n][j], a[n], b[n][K - 1 - j], zero);
+      }
+    }
+    write(i - 1, row_target, row_second);
+    row_target = -1;
+    if (oy >= use.oy0) {
+      u32* to = out + ((i & 1) * WIDTH + warp * CHANNELS) * OUT + g * 4 + q;
+#pragma unroll
+      for (int n = 0; n < CHANNELS; n++) {
+        to[n * OUT] = pack_bf16(acc[n][0][0] + offset[n], acc[n][0][1] + offset[n]);
+        to[n * OUT + 32] = pack_bf16(acc[n][0][2] + offset[n], acc[n][0][3] + offset[n]);
+      }
+      if (writes) row_target = target + oy * y_step, row_second = second;
+    }
+    if (use.at++ == use.last) {
+      // Sums of rows below this range's stay behind.
+#pragma unroll
+      for (int n = 0; n < CHANNELS * K * 4; n++) acc[n / (4 * K)][n / 4 % K][n % 4] = 0.0f;
+      open_range<K>(use, d, 16, strips, false);
+      if (use.live) find_target();
+    }
   }
+  __syncthreads();
+  write(i - 1, row_target, row_second);
+  cp_async_wait<0>();
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2)

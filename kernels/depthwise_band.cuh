@@ -8,23 +8,17 @@
 
 // `Band` of engine/cuda/src/ops/depthwise_band.rs. The image read is [batch, h, w, c], the one of the strips [batch, oh,
 // ow, c].
+// Memory is counted in units of eight channels, in 32 bits. Grid x: tiles of channels, fastest, then shares of the rows.
 struct Band {
   int batch, h, w, oh, ow, c, pad_h, pad_w;
-  int strips;  // of a row
-  int slots;   // room for so many
-  int unit_bits;  // a block takes 2^unit_bits groups of eight channels; grid x: channel tiles, fastest, then shares of the rows
-  int tiles;
-  i64 rows;    // rows of all groups of strips
-  // Elements are counted in 32 bits, in groups of eight.
+  int strips;     // of a row
+  int slots;      // of a group at most
+  int unit_bits;  // a block takes 2^unit_bits units
+  int tiles;      // of channels
+  int rows;       // of all groups of strips
 };
 
 #define ROWS_AHEAD 4
-
-// Copies the eight channels at `unit` (counted in groups of eight) of x, or zeros where that is negative.
-__device__ __forceinline__ void copy_unit(uint4* to, const View& x, int unit) {
-  if (unit >= 0) CHECK_INDEX(x, (i64)unit * 8, 8);
-  cp_async_16(to, (const uint4*)x.data + (unit >= 0 ? unit : 0), unit >= 0);
-}
 
 // The low, or the high, halves of two words.
 __device__ __forceinline__ u32 low_halves(u32 a, u32 b) {
@@ -35,12 +29,14 @@ __device__ __forceinline__ u32 high_halves(u32 a, u32 b) {
   return __byte_perm(a, b, 0x7632);
 }
 
-// Words from a channel to the next where `n` (a multiple of four) are used: 32 neighbouring words of the units meet no
-// bank twice.
-__device__ __forceinline__ int channel_pitch(int n, int unit_bits) { return n + (unit_bits == 2 ? 1 : 2); }
+// Words from a channel to the next where N (a multiple of 32) are used and a block has MOST units at most: neighbouring
+// words of all units meet no bank twice.
+template <int N, int MOST> struct Pitch {
+  static constexpr int VALUE = N + (MOST == 4 ? 1 : 2);
+};
 
 // Eight channels of the pixels `a` and `b` into words of their own, `pitch` apart.
-__device__ __forceinline__ void part_channels(uint4 a, uint4 b, u32* to, int pitch) {
+template <int pitch> __device__ __forceinline__ void part_channels(uint4 a, uint4 b, u32* to) {
   to[0 * pitch] = low_halves(a.x, b.x), to[1 * pitch] = high_halves(a.x, b.x);
   to[2 * pitch] = low_halves(a.y, b.y), to[3 * pitch] = high_halves(a.y, b.y);
   to[4 * pitch] = low_halves(a.z, b.z), to[5 * pitch] = high_halves(a.z, b.z);
@@ -48,7 +44,7 @@ __device__ __forceinline__ void part_channels(uint4 a, uint4 b, u32* to, int pit
 }
 
 // The reverse: eight channels of two pixels.
-__device__ __forceinline__ void join_channels(const u32* from, int pitch, uint4& a, uint4& b) {
+template <int pitch> __device__ __forceinline__ void join_channels(const u32* from, uint4& a, uint4& b) {
   u32 v[8];
 #pragma unroll
   for (int i = 0; i < 8; i++) v[i] = from[i * pitch];
@@ -84,14 +80,35 @@ __device__ __forceinline__ bool slot_is_strip(const Strips& s, int j, int& image
   return place < s.strips && j - run < s.count;
 }
 
-// Slots of the group in use.
-__device__ __forceinline__ int slots_of(const Strips& s) {
-  int image, place;
-  return slot_of(s, s.count - 1, image, place) + 2;
+// Where a block is in its rows: a range of rows oy0.. of one group of strips after the other. A range takes a step for
+// each row `at` of x from the first that it reads to `last`; those behind `bottom` are outside the image.
+struct Walk {
+  int next, end;  // rows of all groups, not opened yet
+  int oy0, oy1, at, bottom, last;
+  Strips s;
+  bool live;
+};
+
+// The first row of x is that of the padding with `outside`, else the first in the image.
+template <int K>
+__device__ __forceinline__ void open_range(Walk& k, const Band& d, int most, int total, bool outside) {
+  k.live = k.next < k.end;
+  if (!k.live) return;
+  int group = k.next / d.oh;
+  k.oy0 = k.next - group * d.oh;
+  k.oy1 = k.end - k.next < d.oh - k.oy0 ? k.oy0 + k.end - k.next : d.oh;
+  k.next += k.oy1 - k.oy0;
+  k.at = k.oy0 - d.pad_h, k.last = k.oy1 - 1 - d.pad_h + K - 1;
+  if (!outside && k.at < 0) k.at = 0;
+  k.bottom = k.last < d.h ? k.last : d.h - 1;
+  k.s = strips_of(group, most, total, d.strips);
 }
 
-// The rows [begin, end) of a block, of `rows` in all.
-__device__ __forceinline__ void share_of(const Band& d, i64& begin, i64& end) {
-  i64 shares = gridDim.x / d.tiles, share = blockIdx.x / d.tiles;
-  begin = d.rows * share / shares, end = d.rows * (share + 1) / shares;
+template <int K>
+__device__ __forceinline__ Walk walk_of(const Band& d, int most, int total, bool outside) {
+  int shares = gridDim.x / d.tiles, share = blockIdx.x / d.tiles;
+  Walk k;
+  k.next = (int)((i64)d.rows * share / shares), k.end = (int)((i64)d.rows * (share + 1) / shares);
+  open_range<K>(k, d, most, total, outside);
+  return k;
 }

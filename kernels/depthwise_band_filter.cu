@@ -11,129 +11,158 @@
 // (the last line the bias's), which depthwise_filter_merge adds up in order.
 #include "depthwise_band.cuh"
 
+// CHANNELS of a warp; a block has CHANNELS units at most.
 template <int K, int CHANNELS>
 __device__ __forceinline__ void band_filter(const View& x, const View& dy, const View& partials, const Band& d) {
+  constexpr int PITCH = Pitch<128, CHANNELS>::VALUE, OUT = Pitch<64, CHANNELS>::VALUE, WIDTH = 8 * CHANNELS;
+  constexpr int BUFFER = WIDTH * (PITCH + OUT);
   DYNAMIC_SHARED(memory);
   const int t = threadIdx.x, warp = t / 32, lane = t % 32, g = lane / 4, q = lane % 4, threads = blockDim.x;
-  const int bits = d.unit_bits, units = 1 << bits, width = units * 8, c_first = blockIdx.x % d.tiles * width;
-  // A row of x, then of dy: [half][slot or strip][column][unit].
+  const int bits = d.unit_bits, units = 1 << bits, tile = blockIdx.x % d.tiles * units, all = d.c / 8;
+  // A row of x on its way is [half][slot][column][unit], one of dy [half][strip][column][unit].
   const int x_units = d.slots * 8 * units, dy_units = 64 * units, row_units = 2 * (x_units + dy_units);
-  const int pitch = channel_pitch(8 * d.slots, bits), dy_pitch = channel_pitch(64, bits);
-  uint4* raw = (uint4*)memory;
-  u32* parted = (u32*)(raw + ROWS_AHEAD * row_units);
-  const int buffer = width * (pitch + dy_pitch);
-  const int half = (d.batch + 1) / 2, x_step = d.w * (d.c / 8), dy_step = d.ow * (d.c / 8);
+  const int x_step = d.w * all, dy_step = d.ow * all, half = (d.batch + 1) / 2, strips = half * d.strips;
+  u32* parted = (u32*)memory;
+  uint4* raw = (uint4*)(parted + 2 * BUFFER);
 
-  float acc[CHANNELS][K][4] = {}, bias[CHANNELS][4] = {};
-  i64 begin, end;
-  share_of(d, begin, end);
-  while (begin < end) {
-    int group = (int)(begin / d.oh), oy0 = (int)(begin - (i64)group * d.oh);
-    int oy1 = end - begin < d.oh - oy0 ? oy0 + (int)(end - begin) : d.oh;
-    begin += oy1 - oy0;
-    const Strips s = strips_of(group, 8, half * d.strips, d.strips);
-    const int slots = slots_of(s), top = oy0 - d.pad_h, steps = oy1 - oy0 + K - 1;
-
-    int source[CHANNELS], dy_source[CHANNELS / 2];
+  Walk use = walk_of<K>(d, 8, strips, true), ahead = use;
+  int source[CHANNELS], dy_source[CHANNELS / 2], there = 0;
+  auto find_source = [&]() {
+    there = 0;
 #pragma unroll
     for (int n = 0; n < CHANNELS; n++) {
-      int id = t + n * threads, which = id >= x_units, at = id - which * x_units, u = at & (units - 1);
+      int id = t + n * threads, which = id >= x_units, at = id - which * x_units, u = tile + (at & (units - 1));
       int column = at >> bits & 7, slot = at >> (bits + 3), image, place;
-      bool full = slot_is_strip(s, slot, image, place);
+      bool full = slot_is_strip(ahead.s, slot, image, place);
       image += which * half;
-      int ix = 8 * place - d.pad_w + column, c = c_first + 8 * u;
-      bool there = id < 2 * x_units && slot < slots && image < d.batch && (full || column < K - 1) && ix >= 0 &&
-                   ix < d.w && c < d.c;
-      source[n] = there ? (image * d.h * d.w + ix) * (d.c / 8) + c / 8 : -1;
+      int ix = 8 * place - d.pad_w + column;
+      bool valid = image < (which ? d.batch : half) && (full || column < K - 1) && ix >= 0 && ix < d.w && u < all;
+      there |= (int)valid << n;
+      source[n] = ((image * d.h + ahead.at) * d.w + ix) * all + u;
     }
 #pragma unroll
     for (int n = 0; n < CHANNELS / 2; n++) {
-      int id = t + n * threads, which = id >= dy_units, at = id - which * dy_units, u = at & (units - 1);
+      int id = t + n * threads, which = id >= dy_units, at = id - which * dy_units, u = tile + (at & (units - 1));
       int m = at >> (bits + 3), image, place;
-      slot_of(s, m, image, place);
+      slot_of(ahead.s, m, image, place);
       image += which * half;
-      int ox = 8 * place + (at >> bits & 7), c = c_first + 8 * u;
-      bool there = m < s.count && image < d.batch && ox < d.ow && c < d.c;
-      dy_source[n] = there ? ((image * d.oh + oy0) * d.ow + ox) * (d.c / 8) + c / 8 : -1;
+      int ox = 8 * place + (at >> bits & 7);
+      bool valid = m < ahead.s.count && image < d.batch && ox < d.ow && u < all;
+      there |= (int)valid << (CHANNELS + n);
+      dy_source[n] = ((image * d.oh + ahead.oy0) * d.ow + ox) * all + u;
     }
-    auto copy = [&](int i) {
-      uint4* to = raw + i % ROWS_AHEAD * row_units;
-      if (i < steps && top + i >= 0 && top + i < d.h) {
-#pragma unroll
-        for (int n = 0; n < CHANNELS; n++) {
-          int id = t + n * threads;
-          if (id < 2 * x_units) copy_unit(to + id, x, source[n] < 0 ? -1 : source[n] + (top + i) * x_step);
-        }
-      }
-      if (oy0 + i < oy1) {
-#pragma unroll
-        for (int n = 0; n < CHANNELS / 2; n++)
-          copy_unit(to + 2 * x_units + t + n * threads, dy, dy_source[n] < 0 ? -1 : dy_source[n] + i * dy_step);
-      }
-      cp_async_commit();
-    };
-    auto turn = [&](int i) {
-      const uint4* row = raw + i % ROWS_AHEAD * row_units;
-      u32* to = parted + (i & 1) * buffer;
-      if (i < steps && top + i >= 0 && top + i < d.h) {
-#pragma unroll
-        for (int n = 0; n < CHANNELS / 2; n++) {
-          int id = t + n * threads;
-          if (id < 8 * slots * units) {
-            part_channels(row[id], row[id + x_units], to + (id & (units - 1)) * 8 * pitch + (id >> bits), pitch);
-          }
-        }
-      }
-      int id = threads - 1 - t;
-      if (oy0 + i < oy1 && id < dy_units) {
-        row += 2 * x_units, to += width * pitch;
-        part_channels(row[id], row[id + dy_units], to + (id & (units - 1)) * 8 * dy_pitch + (id >> bits), dy_pitch);
-      }
-    };
-
-    // Strips q and q + 4 of either half, or any where these are not there (dy is zero for them).
-    int image, place, lower = slot_of(s, q < s.count ? q : 0, image, place) * 8 + g;
-    int upper = slot_of(s, q + 4 < s.count ? q + 4 : 0, image, place) * 8 + g;
-    // Row oy = iy + p − ky of dy.
-    u32 window[CHANNELS][K][2] = {};
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < ROWS_AHEAD; i++) copy(i);
-    cp_async_wait<ROWS_AHEAD - 1>();
-    __syncthreads();
-    turn(0);
-#pragma unroll 1
-    for (int i = 0; i < steps; i++) {
-      cp_async_wait<ROWS_AHEAD - 2>();
-      __syncthreads();
-      copy(i + ROWS_AHEAD);
-      turn(i + 1);
-      const bool within = top + i >= 0 && top + i < d.h, fresh = oy0 + i < oy1;
+  };
+  auto copy = [&](int i) {
+    if (ahead.live) {
+      uint4* to = raw + i % ROWS_AHEAD * row_units + t;
+      const bool within = ahead.at >= 0 && ahead.at <= ahead.bottom;
 #pragma unroll
       for (int n = 0; n < CHANNELS; n++) {
-        const u32* row = parted + (i & 1) * buffer;
-        const int channel = warp * CHANNELS + n;
-#pragma unroll
-        for (int ky = K - 1; ky > 0; ky--) {
-          window[n][ky][0] = window[n][ky - 1][0], window[n][ky][1] = window[n][ky - 1][1];
+        bool valid = there >> n & 1;
+        if (within && t + n * threads < 2 * x_units) {
+          if (valid) CHECK_INDEX(x, (i64)source[n] * 8, 8);
+          cp_async_16(to + n * threads, (const uint4*)x.data + source[n], valid);
         }
-        window[n][0][0] = window[n][0][1] = 0;
-        if (fresh) {
-          const u32* at = row + width * pitch + channel * dy_pitch + q * 8 + g;
-          const u32 ones[4] = {0x3f803f80u, 0x3f803f80u, 0x3f803f80u, 0x3f803f80u};
-          window[n][0][0] = at[0], window[n][0][1] = at[32];
-          mma_m16n8k16_bf16(bias[n], ones, window[n][0]);
-        }
-        if (within) {
-          const u32* at = row + channel * pitch;
-          u32 a[4] = {at[lower], at[lower + 8], at[upper], at[upper + 8]};
+        source[n] += x_step;
+      }
+      if (ahead.at + d.pad_h < ahead.oy1) {
 #pragma unroll
-          for (int ky = 0; ky < K; ky++) mma_m16n8k16_bf16(acc[n][ky], a, window[n][ky]);
+        for (int n = 0; n < CHANNELS / 2; n++) {
+          bool valid = there >> (CHANNELS + n) & 1;
+          if (valid) CHECK_INDEX(dy, (i64)dy_source[n] * 8, 8);
+          cp_async_16(to + 2 * x_units + n * threads, (const uint4*)dy.data + dy_source[n], valid);
+          dy_source[n] += dy_step;
         }
       }
+      if (ahead.at++ == ahead.last) {
+        open_range<K>(ahead, d, 8, strips, true);
+        if (ahead.live) find_source();
+      }
     }
-    cp_async_wait<0>();
+    cp_async_commit();
+  };
+
+  // The pixels that this thread turns: of x, and from the last thread on of dy.
+  const int turns = 8 * d.slots - (t >> bits), back = threads - 1 - t, back_u = back & (units - 1);
+  u32* turn_to = parted + (t & (units - 1)) * 8 * PITCH + (t >> bits);
+  u32* dy_turn_to = parted + WIDTH * PITCH + back_u * 8 * OUT + (back >> bits);
+  auto turn = [&](int i) {
+    const uint4* row = raw + i % ROWS_AHEAD * row_units;
+    const int side = (i & 1) * BUFFER;
+#pragma unroll
+    for (int n = 0; n < CHANNELS / 2; n++) {
+      if (n * (threads >> bits) >= turns) continue;
+      const uint4* pixel = row + t + n * threads;
+      part_channels<PITCH>(pixel[0], pixel[x_units], turn_to + side + n * (threads >> bits));
+    }
+    if (back < dy_units) {
+      const uint4* pixel = row + 2 * x_units + back;
+      part_channels<OUT>(pixel[0], pixel[dy_units], dy_turn_to + side);
+    }
+  };
+
+  // Strips q and q + 4 of either half; dy is zero for those that are not there, but x may not be.
+  int lower, upper;
+  auto find_rows = [&]() {
+    int image, place, most = use.s.count - 1;
+    lower = slot_of(use.s, q < most ? q : most, image, place) * 8 + g;
+    upper = slot_of(use.s, q + 4 < most ? q + 4 : most, image, place) * 8 + g;
+  };
+
+  float acc[CHANNELS][K][4] = {}, bias[CHANNELS][4] = {};
+  // Row oy = iy + p − ky of dy.
+  u32 window[CHANNELS][K][2] = {};
+  if (ahead.live) find_source();
+#pragma unroll
+  for (int i = 0; i < ROWS_AHEAD; i++) copy(i);
+  cp_async_wait<ROWS_AHEAD - 1>();
+  __syncthreads();
+  turn(0);
+  if (use.live) find_rows();
+#pragma unroll 1
+  for (int i = 0; use.live; i++) {
+    // Row i + 1 is there and row i turned, for all threads.
+    cp_async_wait<ROWS_AHEAD - 2>();
+    __syncthreads();
+    copy(i + ROWS_AHEAD);
+    turn(i + 1);
+    const u32* row = parted + (i & 1) * BUFFER + warp * CHANNELS * PITCH;
+    const u32* dy_row = parted + (i & 1) * BUFFER + WIDTH * PITCH + warp * CHANNELS * OUT + q * 8 + g;
+    const bool fresh = use.at + d.pad_h < use.oy1, within = use.at >= 0 && use.at <= use.bottom;
+#pragma unroll
+    for (int n = 0; n < CHANNELS; n++) {
+#pragma unroll
+      for (int ky = K - 1; ky > 0; ky--) {
+        window[n][ky][0] = window[n][ky - 1][0], window[n][ky][1] = window[n][ky - 1][1];
+      }
+      window[n][0][0] = fresh ? dy_row[n * OUT] : 0, window[n][0][1] = fresh ? dy_row[n * OUT + 32] : 0;
+    }
+    u32 a[CHANNELS][4];
+    if (within) {
+#pragma unroll
+      for (int n = 0; n < CHANNELS; n++) {
+        a[n][0] = row[n * PITCH + lower], a[n][1] = row[n * PITCH + lower + 8];
+        a[n][2] = row[n * PITCH + upper], a[n][3] = row[n * PITCH + upper + 8];
+      }
+    }
+    const u32 ones[4] = {0x3f803f80u, 0x3f803f80u, 0x3f803f80u, 0x3f803f80u};
+#pragma unroll
+    for (int n = 0; n < CHANNELS; n++) mma_m16n8k16_bf16(bias[n], ones, window[n][0]);
+    if (within) {
+#pragma unroll
+      for (int ky = 0; ky < K; ky++) {
+#pragma unroll
+        for (int n = 0; n < CHANNELS; n++) mma_m16n8k16_bf16(acc[n][ky], a[n], window[n][ky]);
+      }
+    }
+    if (use.at++ == use.last) {
+#pragma unroll
+      for (int n = 0; n < CHANNELS * K * 2; n++) window[n / (2 * K)][n / 2 % K][n % 2] = 0;
+      open_range<K>(use, d, 8, strips, true);
+      if (use.live) find_rows();
+    }
   }
+  cp_async_wait<0>();
 
   // Diagonals, by way of shared memory of each warp's own.
   __syncthreads();
@@ -141,7 +170,7 @@ __device__ __forceinline__ void band_filter(const View& x, const View& dy, const
   i64 line = (i64)(blockIdx.x / d.tiles) * (K * K + 1);
 #pragma unroll
   for (int n = 0; n < CHANNELS; n++) {
-    int c = c_first + warp * CHANNELS + n;
+    int c = tile * 8 + warp * CHANNELS + n;
 #pragma unroll
     for (int ky = 0; ky < K; ky++) {
       __syncwarp();

@@ -23,7 +23,7 @@ struct Sizes {
     slots: i32,
     unit_bits: i32,
     tiles: i32,
-    rows: i64,
+    rows: i32,
 }
 
 // SAFETY: repr(C), the fields of the C++ struct in order.
@@ -58,7 +58,7 @@ impl Band {
     /// Where sizes and element types suit: squares of 3, 5, 7 at stride 1, bf16, channels in whole groups of eight.
     pub fn new(d: &Conv, tensors: [View; 2]) -> Option<Self> {
         let inside = |pad: i32| (0..d.kh).contains(&pad);
-        let counted = d.inputs().max(d.outputs()) / 8 < 1 << 31 && (d.ow as usize) * (d.batch as usize) < 1 << 30;
+        let counted = d.inputs().max(d.outputs()) / 8 < 1 << 31 && (d.ow as usize) * (d.oh as usize) * (d.batch as usize) < 1 << 30;
         let suits = d.stride == 1 && d.vector(8, tensors)? == Element::Bf16 && inside(d.pad_h) && inside(d.pad_w);
         let Conv { batch, h, w, oh, ow, c, pad_h, pad_w, .. } = *d;
         let strips = (ow + STRIP - 1) / STRIP;
@@ -78,11 +78,14 @@ impl Band {
         bytes: impl Fn(usize, usize) -> usize,
     ) -> Plan {
         let mut sizes = self.sizes;
-        // A group that starts at a row's last strip meets the most images, each with a slot more.
-        let images_met = (width - 1 + sizes.strips - 1) / sizes.strips + 1;
-        sizes.slots = width + images_met;
+        // Groups start at multiples of what both counts are multiples of; each image that one meets takes a slot more.
+        let (mut start, mut rest) = (width, sizes.strips);
+        while rest > 0 {
+            (start, rest) = (rest, start % rest);
+        }
+        sizes.slots = width + (sizes.strips - start + width - 1) / sizes.strips + 1;
         let groups = (images * sizes.strips + width - 1) / width;
-        sizes.rows = i64::from(groups) * i64::from(sizes.oh);
+        sizes.rows = groups * sizes.oh;
         let all = sizes.c as usize / 8;
         let most = (THREADS / 32 * channels / 8).min(all.next_power_of_two());
         let mut units = most.next_power_of_two();
@@ -110,10 +113,8 @@ impl Band {
     /// The convolution of the image read; `views`: that image, weights, bias, image written.
     pub fn correlate(&self, dev: &Device, views: [View; 4], flip: bool, accumulate: bool) -> Result<(), CudaError> {
         let channels = if self.k == 3 { 4 } else { 2 };
-        let bytes = |slots: usize, units: usize| {
-            let words = pitch(4 * slots, units) + pitch(64, units);
-            16 * AHEAD * slots * 8 * units + 4 * 2 * 8 * units * words
-        };
+        let words = [pitch(128, channels), pitch(64, channels)].map(|p| 2 * 8 * channels * p);
+        let bytes = |slots: usize, units: usize| 4 * (words[0] + words[1]) + 16 * AHEAD * slots * 8 * units;
         let plan = self.plan(dev, 16, self.sizes.batch, channels, bytes);
         let mut arguments = Arguments::default();
         views.into_iter().for_each(|view| arguments.push(view));
@@ -125,12 +126,8 @@ impl Band {
 
     /// The gradients by weights and bias in parts, `[parts, taps + 1, c]`, and the parts; `views`: x, dy.
     pub fn filter(&self, dev: &Device, taps: usize, views: [View; 2]) -> Result<(View, usize), CudaError> {
-        let bytes = |slots: usize, units: usize| {
-            let words = pitch(8 * slots, units) + pitch(64, units);
-            let used = 16 * AHEAD * 2 * (slots * 8 + 64) * units + 4 * 2 * 8 * units * words;
-            // Diagonals of each warp at the end.
-            used.max(THREADS / 32 * 16 * 9 * 4)
-        };
+        let words = [pitch(128, 2), pitch(64, 2)].map(|p| 2 * 8 * 2 * p);
+        let bytes = |slots: usize, units: usize| 4 * (words[0] + words[1]) + 16 * AHEAD * 2 * (slots * 8 + 64) * units;
         let plan = self.plan(dev, 8, (self.sizes.batch + 1) / 2, 2, bytes);
         let partials = dev.scratch(plan.shares * (taps + 1) * self.sizes.c as usize, Element::F32)?;
         let mut arguments = Arguments::default();
@@ -142,7 +139,7 @@ impl Band {
     }
 }
 
-/// `channel_pitch` of `depthwise_band.cuh`.
-fn pitch(n: usize, units: usize) -> usize {
-    n + if units == 4 { 1 } else { 2 }
+/// `Pitch` of `depthwise_band.cuh`.
+fn pitch(n: usize, most: usize) -> usize {
+    n + if most == 4 { 1 } else { 2 }
 }
