@@ -109,7 +109,7 @@ __device__ __forceinline__ void band_filter(const View& x, const View& dy, const
     upper = slot_of(use.s, q + 4 < most ? q + 4 : most, image, place) * 8 + g;
   };
 
-  float acc[CHANNELS][K][4] = {}, bias[CHANNELS][4] = {};
+  float acc[CHANNELS][K][4] = {}, bias[CHANNELS] = {};
   // Row oy = iy + p − ky of dy.
   u32 window[CHANNELS][K][2] = {};
   if (ahead.live) find_source();
@@ -136,6 +136,9 @@ __device__ __forceinline__ void band_filter(const View& x, const View& dy, const
         window[n][ky][0] = window[n][ky - 1][0], window[n][ky][1] = window[n][ky - 1][1];
       }
       window[n][0][0] = fresh ? dy_row[n * OUT] : 0, window[n][0][1] = fresh ? dy_row[n * OUT + 32] : 0;
+      float v[4];
+      unpack_bf16(window[n][0][0], v[0], v[1]), unpack_bf16(window[n][0][1], v[2], v[3]);
+      bias[n] += (v[0] + v[1]) + (v[2] + v[3]);
     }
     u32 a[CHANNELS][4];
     if (within) {
@@ -145,9 +148,6 @@ __device__ __forceinline__ void band_filter(const View& x, const View& dy, const
         a[n][2] = row[n * PITCH + upper], a[n][3] = row[n * PITCH + upper + 8];
       }
     }
-    const u32 ones[4] = {0x3f803f80u, 0x3f803f80u, 0x3f803f80u, 0x3f803f80u};
-#pragma unroll
-    for (int n = 0; n < CHANNELS; n++) mma_m16n8k16_bf16(bias[n], ones, window[n][0]);
     if (within) {
 #pragma unroll
       for (int ky = 0; ky < K; ky++) {
@@ -184,14 +184,12 @@ __device__ __forceinline__ void band_filter(const View& x, const View& dy, const
         store(partials, (line + ky * K + lane) * d.c + c, sum);
       }
     }
-    float sum = bias[n][0] + bias[n][1];
-    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+    float sum = warp_sum(bias[n]);
     if (lane == 0 && c < d.c) store(partials, (line + K * K) * d.c + c, sum);
   }
 }
 
-extern "C" __global__ void __launch_bounds__(256, 3)
+extern "C" __global__ void __launch_bounds__(256, 2)
     depthwise_band_filter_3(View x, View dy, View partials, Band d) {
   band_filter<3, 2>(x, dy, partials, d);
 }

@@ -6,6 +6,7 @@
 // Rows of at most 1,024 channels, a multiple of eight, stay in registers: `lanes` threads (a power of two, at most 32) own
 // a row, lane i its channels 8·i + 8·lanes·n for n below SLOTS. Others take a block a row and read it again.
 #include "channels.cuh"
+#include "mma.cuh"
 
 #define SLOTS 4
 
@@ -158,12 +159,137 @@ __device__ __forceinline__ void backward_body(const View& x, const View& gamma, 
   }
 }
 
-// bf16 throughout. The sums of the block's threads need owners·2·C floats; C is at most 8·SLOTS·lanes.
+// The same where all is bf16: each thread's next rows come by asynchronous copies to places of its own. It has at
+// most N of SLOTS groups.
+template <int N>
+__device__ __forceinline__ void backward_ahead(const View& x, const View& gamma, const View& dy, const View& dx,
+                                               const View& means, const View& rstds, const View& partials, i64 rows,
+                                               int c, int lanes, int accumulate, float* room) {
+  constexpr int AHEAD = 3, THREADS = 128;
+  const int lane = threadIdx.x % lanes, owner = threadIdx.x / lanes, owners = THREADS / lanes;
+  const i64 step = (i64)gridDim.x * owners;
+  uint4* rows_ahead = (uint4*)room + threadIdx.x;
+  float sum_g[N][8] = {}, sum_gx[N][8] = {}, held[N][8] = {};
+  // Four groups leave no registers for γ.
+  auto weights = [&](int n, float (&w)[8]) {
+    int at = 8 * (lane + n * lanes);
+    if (at < c) load8(gamma, at, w);
+  };
+#pragma unroll
+  for (int n = 0; n < N; n++) {
+    if (N < 4) weights(n, held[n]);
+  }
+  auto copy = [&](i64 base, int stage) {
+    i64 row = base + owner;
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+      int at = 8 * (lane + n * lanes);
+      bool there = row < rows && at < c;
+      i64 i = there ? row * c + at : 0;
+      if (there) {
+        CHECK_INDEX(x, i, 8);
+        CHECK_INDEX(dy, i, 8);
+      }
+      uint4* to = rows_ahead + (stage * 2 * N + n) * THREADS;
+      cp_async_16(to, (const u16*)x.data + i, there);
+      cp_async_16(to + N * THREADS, (const u16*)dy.data + i, there);
+    }
+    cp_async_commit();
+  };
+  i64 base = (i64)blockIdx.x * owners;
+  float mean = 0.0f, rstd = 0.0f;
+  if (base + owner < rows) mean = load(means, base + owner), rstd = load(rstds, base + owner);
+#pragma unroll
+  for (int i = 0; i < AHEAD; i++) copy(base + i * step, i);
+  // Every thread of a warp takes part in each round's sums, with zeros where its row isn't there.
+  for (int stage = 0; base < rows; base += step, stage = stage + 1 == AHEAD ? 0 : stage + 1) {
+    const i64 row = base + owner, next = row + step;
+    const bool there = row < rows;
+    float next_mean = 0.0f, next_rstd = 0.0f;
+    if (next < rows) next_mean = load(means, next), next_rstd = load(rstds, next);
+    cp_async_wait<AHEAD - 1>();
+    uint4 raw_x[N], raw_g[N];
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+      raw_x[n] = rows_ahead[(stage * 2 * N + n) * THREADS];
+      raw_g[n] = rows_ahead[(stage * 2 * N + N + n) * THREADS];
+    }
+    copy(base + AHEAD * step, stage);
+    float all_g = 0.0f, all_gx = 0.0f;
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+      float v[8], g[8];
+      if (N == 4) weights(n, held[n]);
+      Bf16x8::open(Bf16x8::Raw{raw_x[n]}, v), Bf16x8::open(Bf16x8::Raw{raw_g[n]}, g);
+#pragma unroll
+      for (int k = 0; k < 8; k++) {
+        float normal = (v[k] - mean) * rstd, weighed = g[k] * held[n][k];
+        sum_g[n][k] += g[k];
+        sum_gx[n][k] += g[k] * normal;
+        all_g += weighed;
+        all_gx += weighed * normal;
+      }
+    }
+    all_g = lanes_sum(all_g, lanes) / (float)c;
+    all_gx = lanes_sum(all_gx, lanes) / (float)c;
+    if (dx.len && there) {
+#pragma unroll
+      for (int n = 0; n < N; n++) {
+        int at = 8 * (lane + n * lanes);
+        if (at >= c) continue;
+        float v[8], g[8], d[8] = {};
+        if (N == 4) weights(n, held[n]);
+        Bf16x8::open(Bf16x8::Raw{raw_x[n]}, v), Bf16x8::open(Bf16x8::Raw{raw_g[n]}, g);
+        if (accumulate) Bf16x8::open(Bf16x8::get(dx, row * c + at), d);
+#pragma unroll
+        for (int k = 0; k < 8; k++) d[k] += rstd * (g[k] * held[n][k] - all_g - (v[k] - mean) * rstd * all_gx);
+        Bf16x8::put(dx, row * c + at, d);
+      }
+    }
+    mean = next_mean, rstd = next_rstd;
+  }
+  if (!partials.len) return;
+  cp_async_wait<0>();
+  __syncthreads();
+#pragma unroll
+  for (int n = 0; n < N; n++) {
+    int at = 8 * (lane + n * lanes);
+    if (at >= c) continue;
+#pragma unroll
+    for (int k = 0; k < 8; k++) {
+      room[owner * 2 * c + at + k] = sum_g[n][k];
+      room[owner * 2 * c + c + at + k] = sum_gx[n][k];
+    }
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < 2 * c; i += THREADS) {
+    float sum = 0.0f;
+    for (int o = 0; o < owners; o++) sum += room[o * 2 * c + i];
+    store(partials, (i64)blockIdx.x * 2 * c + i, sum);
+  }
+}
+
+// bf16 throughout, with two, three or SLOTS groups a thread. The sums of the block's threads need owners·2·C floats; C is
+// at most 8·SLOTS·lanes.
+extern "C" __global__ void __launch_bounds__(128, 4)
+    layer_norm_vjp_2(View x, View gamma, View dy, View dx, View mean, View rstd, View partials, i64 rows, int c,
+                     int lanes, int accumulate) {
+  __shared__ __align__(16) float room[128 * 2 * 8 * 3];
+  backward_ahead<2>(x, gamma, dy, dx, mean, rstd, partials, rows, c, lanes, accumulate, room);
+}
+
 extern "C" __global__ void __launch_bounds__(128, 3)
+    layer_norm_vjp_3(View x, View gamma, View dy, View dx, View mean, View rstd, View partials, i64 rows, int c,
+                     int lanes, int accumulate) {
+  __shared__ __align__(16) float room[128 * 2 * 4 * 3 * 3];
+  backward_ahead<3>(x, gamma, dy, dx, mean, rstd, partials, rows, c, lanes, accumulate, room);
+}
+
+extern "C" __global__ void __launch_bounds__(128, 2)
     layer_norm_vjp(View x, View gamma, View dy, View dx, View mean, View rstd, View partials, i64 rows, int c,
                    int lanes, int accumulate) {
-  __shared__ __align__(16) float room[128 * 2 * 8 * SLOTS];
-  backward_body<Bf16x8>(x, gamma, dy, dx, mean, rstd, partials, rows, c, lanes, accumulate, room);
+  __shared__ __align__(16) float room[128 * 2 * 4 * 4 * 3];
+  backward_ahead<4>(x, gamma, dy, dx, mean, rstd, partials, rows, c, lanes, accumulate, room);
 }
 
 // Any element types: twice the registers.

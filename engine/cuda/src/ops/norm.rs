@@ -298,10 +298,19 @@ fn layer_norm_vjp(dev: &Device, d: &Norm, io: Vjp<'_>) -> Result<(), CudaError> 
     };
     let (partials, blocks) = if narrow(d.c) {
         let tensors = [x, dy, if io.grads[0].is_some() { dx } else { x }];
-        let (kind, lanes) = (kind(d.c, &tensors), lanes(d.c));
-        let blocks = d.rows.div_ceil(4 * LAYER_THREADS / lanes).min(3 * dev.processors()).max(1);
+        let (kind, mut lanes) = (kind(d.c, &tensors), lanes(d.c));
+        // Two groups a thread need fewer registers than four.
+        if d.c.div_ceil(8 * lanes) == 4 && lanes < 32 {
+            lanes *= 2;
+        }
+        let (name, fits) = match (kind, d.c.div_ceil(8 * lanes)) {
+            (0, 0..=2) => ("layer_norm_vjp_2", 4),
+            (0, 3) => ("layer_norm_vjp_3", 3),
+            (0, _) => ("layer_norm_vjp", 2),
+            _ => ("layer_norm_vjp_any", 2),
+        };
+        let blocks = d.rows.div_ceil(4 * LAYER_THREADS / lanes).min(fits * dev.processors()).max(1);
         let (partials, shape, lanes) = (scratch(blocks)?, Shape::row(blocks, LAYER_THREADS as u32), lanes as i32);
-        let name = if kind == 0 { "layer_norm_vjp" } else { "layer_norm_vjp_any" };
         let mut arguments = Arguments::default();
         [x, gamma, dy, dx, mean, rstd, partials].into_iter().for_each(|view| arguments.push(view));
         arguments.push(rows);
