@@ -12,19 +12,19 @@
 // [slot][pair of columns] for the products, and rows of y go back the same way.
 #include "depthwise_band.cuh"
 
-// CHANNELS of a warp; a block has CHANNELS units at most.
-template <int K, int CHANNELS>
+// CHANNELS of a warp, MOST units of a block.
+template <int K, int CHANNELS, int MOST>
 __device__ __forceinline__ void band(const View& x, const View& w, const View& bias, const View& y, const Band& d,
                                      int flip, int accumulate) {
-  constexpr int PITCH = Pitch<128, CHANNELS>::VALUE, OUT = Pitch<64, CHANNELS>::VALUE, WIDTH = 8 * CHANNELS;
+  constexpr int PITCH = Pitch<128, MOST>::VALUE, OUT = Pitch<64, MOST>::VALUE;
   DYNAMIC_SHARED(memory);
   const int t = threadIdx.x, warp = t / 32, lane = t % 32, g = lane / 4, q = lane % 4, threads = blockDim.x;
   const int bits = d.unit_bits, units = 1 << bits, tile = blockIdx.x % d.tiles * units, all = d.c / 8;
-  const int row_units = d.slots * 8 * units, x_step = d.w * all, y_step = d.ow * all;
-  // Two rows of y and of x with the channels apart, and the rows on their way.
+  const int width = 8 * units, row_units = d.slots * 8 * units, x_step = d.w * all, y_step = d.ow * all;
+  // Two rows of y and of x with the channels apart, and the rows on their way: [slot][odd][column / 2][unit].
   u32* out = (u32*)memory;
-  u32* parted = out + 2 * WIDTH * OUT;
-  uint4* raw = (uint4*)(parted + 2 * WIDTH * PITCH);
+  u32* parted = out + 2 * width * OUT;
+  uint4* raw = (uint4*)(parted + 2 * width * PITCH);
 
   float* taps = (float*)memory;
   for (int i = t; i < units * 8 * K * K; i += threads)
@@ -58,13 +58,15 @@ __device__ __forceinline__ void band(const View& x, const View& w, const View& b
 
   // The units that this thread copies: whether there, and where in the next row.
   const uint4* from = (const uint4*)x.data;
+  const int copy_column = t >> bits & 7;
+  const int copy_to = t - copy_column * units + ((copy_column & 1) * 4 + copy_column / 2) * units;
   int source[CHANNELS], there = 0;
   auto find_source = [&]() {
     there = 0;
 #pragma unroll
     for (int n = 0; n < CHANNELS; n++) {
       int id = t + n * threads, u = tile + (id & (units - 1)), slot = id >> (bits + 3), image, place;
-      bool full = slot_is_strip(ahead.s, slot, image, place);
+      bool full = slot_place<16>(ahead.s, slot, image, place);
       int column = id >> bits & 7, ix = 8 * place - d.pad_w + column;
       bool valid = image < d.batch && (full || column < K - 1) && ix >= 0 && ix < d.w && u < all;
       there |= (int)valid << n;
@@ -74,7 +76,7 @@ __device__ __forceinline__ void band(const View& x, const View& w, const View& b
   auto copy = [&](int i) {
     if (ahead.live) {
       if (ahead.at <= ahead.bottom) {
-        uint4* to = raw + i % ROWS_AHEAD * row_units + t;
+        uint4* to = raw + i % ROWS_AHEAD * row_units + copy_to;
 #pragma unroll
         for (int n = 0; n < CHANNELS; n++) {
           bool valid = there >> n & 1;
@@ -93,14 +95,14 @@ __device__ __forceinline__ void band(const View& x, const View& w, const View& b
 
   // The pairs of pixels that it turns, from the last thread on: there is less for these to write.
   const int back = threads - 1 - t, back_u = back & (units - 1), turns = 4 * d.slots - (back >> bits);
-  const uint4* turn_from = raw + (back >> bits) * 2 * units + back_u;
+  const uint4* turn_from = raw + 2 * back - (back & (4 * units - 1));
   u32* turn_to = parted + back_u * 8 * PITCH + (back >> bits);
   auto turn = [&](int i) {
 #pragma unroll
     for (int n = 0; n < CHANNELS / 2; n++) {
       if (n * (threads >> bits) >= turns) continue;
       const uint4* pixel = turn_from + i % ROWS_AHEAD * row_units + n * 2 * threads;
-      part_channels<PITCH>(pixel[0], pixel[units], turn_to + (i & 1) * WIDTH * PITCH + n * (threads >> bits));
+      part_channels<PITCH>(pixel[0], pixel[4 * units], turn_to + (i & 1) * width * PITCH + n * (threads >> bits));
     }
   };
 
@@ -109,7 +111,8 @@ __device__ __forceinline__ void band(const View& x, const View& w, const View& b
   const u32* write_from = out + (t & (units - 1)) * 8 * OUT + pair;
   int target = 0, row_target = -1;
   bool writes, second, row_second = false;
-  // The fragments' rows: strips g and g + 8.
+  // The fragments' rows are strips g and g + 8; the slots behind these.
+  const int first = warp * CHANNELS * PITCH + g * 4 + q;
   int upper, lower;
   auto find_target = [&]() {
     int image, place, u = tile + (t & (units - 1));
@@ -117,7 +120,8 @@ __device__ __forceinline__ void band(const View& x, const View& w, const View& b
     int ox = 8 * place + 2 * (pair % 4);
     writes = pair < 4 * use.s.count && ox < d.ow && u < all, second = ox + 1 < d.ow;
     target = (image * d.oh * d.ow + ox) * all + u;
-    upper = slot_of(use.s, g, image, place) * 4 + q, lower = slot_of(use.s, g + 8, image, place) * 4 + q;
+    upper = warp * CHANNELS * PITCH + slot_behind<16>(use.s, g) * 4 + q;
+    lower = warp * CHANNELS * PITCH + slot_behind<16>(use.s, g + 8) * 4 + q;
   };
   auto put = [&](int at, uint4 v) {
     CHECK_INDEX(y, (i64)at * 8, 8);
@@ -139,7 +143,7 @@ __device__ __forceinline__ void band(const View& x, const View& w, const View& b
   auto write = [&](int i, int at, bool two) {
     if (at < 0) return;
     uint4 v[2];
-    join_channels<OUT>(write_from + (i & 1) * WIDTH * OUT, v[0], v[1]);
+    join_channels<OUT>(write_from + (i & 1) * width * OUT, v[0], v[1]);
     put(at, v[0]);
     if (two) put(at + all, v[1]);
   };
@@ -164,11 +168,11 @@ __device__ __forceinline__ void band(const View& x, const View& w, const View& b
     const int oy = use.at + d.pad_h - (K - 1);
     u32 a[CHANNELS][4] = {};
     if (use.at <= use.bottom) {
-      const u32* at = parted + (i & 1) * WIDTH * PITCH + warp * CHANNELS * PITCH;
+      const u32* at = parted + (i & 1) * width * PITCH;
 #pragma unroll
       for (int n = 0; n < CHANNELS; n++) {
-        a[n][0] = at[n * PITCH + upper], a[n][1] = at[n * PITCH + lower];
-        a[n][2] = at[n * PITCH + upper + 4], a[n][3] = at[n * PITCH + lower + 4];
+        a[n][0] = at[n * PITCH + first], a[n][1] = at[n * PITCH + first + 32];
+        a[n][2] = at[n * PITCH + upper], a[n][3] = at[n * PITCH + lower];
       }
     }
 #pragma unroll
@@ -183,7 +187,7 @@ __device__ __forceinline__ void band(const View& x, const View& w, const View& b
     write(i - 1, row_target, row_second);
     row_target = -1;
     if (oy >= use.oy0) {
-      u32* to = out + ((i & 1) * WIDTH + warp * CHANNELS) * OUT + g * 4 + q;
+      u32* to = out + ((i & 1) * width + warp * CHANNELS) * OUT + g * 4 + q;
 #pragma unroll
       for (int n = 0; n < CHANNELS; n++) {
         to[n * OUT] = pack_bf16(acc[n][0][0] + offset[n], acc[n][0][1] + offset[n]);
@@ -206,15 +210,30 @@ __device__ __forceinline__ void band(const View& x, const View& w, const View& b
 
 extern "C" __global__ void __launch_bounds__(256, 2)
     depthwise_band_3(View x, View w, View bias, View y, Band d, int flip, int accumulate) {
-  band<3, 4>(x, w, bias, y, d, flip, accumulate);
+  band<3, 4, 4>(x, w, bias, y, d, flip, accumulate);
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2)
     depthwise_band_5(View x, View w, View bias, View y, Band d, int flip, int accumulate) {
-  band<5, 2>(x, w, bias, y, d, flip, accumulate);
+  band<5, 2, 2>(x, w, bias, y, d, flip, accumulate);
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2)
     depthwise_band_7(View x, View w, View bias, View y, Band d, int flip, int accumulate) {
-  band<7, 2>(x, w, bias, y, d, flip, accumulate);
+  band<7, 2, 2>(x, w, bias, y, d, flip, accumulate);
+}
+
+extern "C" __global__ void __launch_bounds__(512, 1)
+    depthwise_band_3_wide(View x, View w, View bias, View y, Band d, int flip, int accumulate) {
+  band<3, 2, 4>(x, w, bias, y, d, flip, accumulate);
+}
+
+extern "C" __global__ void __launch_bounds__(512, 1)
+    depthwise_band_5_wide(View x, View w, View bias, View y, Band d, int flip, int accumulate) {
+  band<5, 2, 4>(x, w, bias, y, d, flip, accumulate);
+}
+
+extern "C" __global__ void __launch_bounds__(512, 1)
+    depthwise_band_7_wide(View x, View w, View bias, View y, Band d, int flip, int accumulate) {
+  band<7, 2, 4>(x, w, bias, y, d, flip, accumulate);
 }

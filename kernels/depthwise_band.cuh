@@ -1,8 +1,8 @@
 // What the depthwise convolutions on tensor cores share: strips of eight columns, and pixels with their channels apart.
 //
 // An output row is cut into strips of eight columns. A strip reads 8 + K − 1 columns, at most 16: its own eight, which
-// start at 8·strip − pad, and the first of the next strip's. Memory holds them once, in slots of eight columns: those of
-// a run of strips of one image, and a last slot for the columns behind the run's last strip.
+// start at 8·strip − pad, and the first of the next strip's. Memory holds them once, in slots of eight columns: one for
+// each strip, and one for the columns behind the last strip of each run of strips of one image.
 #pragma once
 #include "mma.cuh"
 
@@ -78,6 +78,23 @@ __device__ __forceinline__ bool slot_is_strip(const Strips& s, int j, int& image
   int at = s.place + j, run = at / (s.strips + 1);
   image = s.image + run, place = at - run * (s.strips + 1);
   return place < s.strips && j - run < s.count;
+}
+
+// With the slots of the runs' ends behind those of all MOST strips: the slot behind strip m's, and the place of slot j.
+template <int MOST> __device__ __forceinline__ int slot_behind(const Strips& s, int m) {
+  int at = s.place + m, run = at / s.strips;
+  return at - run * s.strips + 1 == s.strips || m + 1 >= s.count ? MOST + run : m + 1;
+}
+
+template <int MOST>
+__device__ __forceinline__ bool slot_place(const Strips& s, int j, int& image, int& place) {
+  if (j < MOST) {
+    slot_of(s, j, image, place);
+    return j < s.count;
+  }
+  int run = j - MOST, end = s.place + s.count - run * s.strips;
+  image = s.image + run, place = end < s.strips ? end : s.strips;
+  return false;
 }
 
 // Where a block is in its rows: a range of rows oy0.. of one group of strips after the other. A range takes a step for

@@ -11,19 +11,19 @@
 // (the last line the bias's), which depthwise_filter_merge adds up in order.
 #include "depthwise_band.cuh"
 
-// CHANNELS of a warp; a block has CHANNELS units at most.
-template <int K, int CHANNELS>
+// CHANNELS of a warp, MOST units of a block.
+template <int K, int CHANNELS, int MOST>
 __device__ __forceinline__ void band_filter(const View& x, const View& dy, const View& partials, const Band& d) {
-  constexpr int PITCH = Pitch<128, CHANNELS>::VALUE, OUT = Pitch<64, CHANNELS>::VALUE, WIDTH = 8 * CHANNELS;
-  constexpr int BUFFER = WIDTH * (PITCH + OUT);
+  constexpr int PITCH = Pitch<128, MOST>::VALUE, OUT = Pitch<64, MOST>::VALUE;
   DYNAMIC_SHARED(memory);
   const int t = threadIdx.x, warp = t / 32, lane = t % 32, g = lane / 4, q = lane % 4, threads = blockDim.x;
   const int bits = d.unit_bits, units = 1 << bits, tile = blockIdx.x % d.tiles * units, all = d.c / 8;
   // A row of x on its way is [half][slot][column][unit], one of dy [half][strip][column][unit].
   const int x_units = d.slots * 8 * units, dy_units = 64 * units, row_units = 2 * (x_units + dy_units);
   const int x_step = d.w * all, dy_step = d.ow * all, half = (d.batch + 1) / 2, strips = half * d.strips;
+  const int width = 8 * units, buffer = width * (PITCH + OUT);
   u32* parted = (u32*)memory;
-  uint4* raw = (uint4*)(parted + 2 * BUFFER);
+  uint4* raw = (uint4*)(parted + 2 * buffer);
 
   Walk use = walk_of<K>(d, 8, strips, true), ahead = use;
   int source[CHANNELS], dy_source[CHANNELS / 2], there = 0;
@@ -85,10 +85,10 @@ __device__ __forceinline__ void band_filter(const View& x, const View& dy, const
   // The pixels that this thread turns: of x, and from the last thread on of dy.
   const int turns = 8 * d.slots - (t >> bits), back = threads - 1 - t, back_u = back & (units - 1);
   u32* turn_to = parted + (t & (units - 1)) * 8 * PITCH + (t >> bits);
-  u32* dy_turn_to = parted + WIDTH * PITCH + back_u * 8 * OUT + (back >> bits);
+  u32* dy_turn_to = parted + width * PITCH + back_u * 8 * OUT + (back >> bits);
   auto turn = [&](int i) {
     const uint4* row = raw + i % ROWS_AHEAD * row_units;
-    const int side = (i & 1) * BUFFER;
+    const int side = (i & 1) * buffer;
 #pragma unroll
     for (int n = 0; n < CHANNELS / 2; n++) {
       if (n * (threads >> bits) >= turns) continue;
@@ -126,8 +126,8 @@ __device__ __forceinline__ void band_filter(const View& x, const View& dy, const
     __syncthreads();
     copy(i + ROWS_AHEAD);
     turn(i + 1);
-    const u32* row = parted + (i & 1) * BUFFER + warp * CHANNELS * PITCH;
-    const u32* dy_row = parted + (i & 1) * BUFFER + WIDTH * PITCH + warp * CHANNELS * OUT + q * 8 + g;
+    const u32* row = parted + (i & 1) * buffer + warp * CHANNELS * PITCH;
+    const u32* dy_row = parted + (i & 1) * buffer + width * PITCH + warp * CHANNELS * OUT + q * 8 + g;
     const bool fresh = use.at + d.pad_h < use.oy1, within = use.at >= 0 && use.at <= use.bottom;
 #pragma unroll
     for (int n = 0; n < CHANNELS; n++) {
@@ -191,15 +191,30 @@ __device__ __forceinline__ void band_filter(const View& x, const View& dy, const
 
 extern "C" __global__ void __launch_bounds__(256, 2)
     depthwise_band_filter_3(View x, View dy, View partials, Band d) {
-  band_filter<3, 2>(x, dy, partials, d);
+  band_filter<3, 2, 2>(x, dy, partials, d);
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2)
     depthwise_band_filter_5(View x, View dy, View partials, Band d) {
-  band_filter<5, 2>(x, dy, partials, d);
+  band_filter<5, 2, 2>(x, dy, partials, d);
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2)
     depthwise_band_filter_7(View x, View dy, View partials, Band d) {
-  band_filter<7, 2>(x, dy, partials, d);
+  band_filter<7, 2, 2>(x, dy, partials, d);
+}
+
+extern "C" __global__ void __launch_bounds__(512, 1)
+    depthwise_band_filter_3_wide(View x, View dy, View partials, Band d) {
+  band_filter<3, 2, 4>(x, dy, partials, d);
+}
+
+extern "C" __global__ void __launch_bounds__(512, 1)
+    depthwise_band_filter_5_wide(View x, View dy, View partials, Band d) {
+  band_filter<5, 2, 4>(x, dy, partials, d);
+}
+
+extern "C" __global__ void __launch_bounds__(512, 1)
+    depthwise_band_filter_7_wide(View x, View dy, View partials, Band d) {
+  band_filter<7, 2, 4>(x, dy, partials, d);
 }

@@ -35,10 +35,8 @@ unsafe impl Argument for Sizes {
 const STRIP: i32 = 8;
 /// Rows under way (`ROWS_AHEAD`).
 const AHEAD: usize = 4;
-/// Most dynamic shared memory of a block, which every device since sm_80 has.
-const SHARED: usize = 96 << 10;
-/// Threads of a block at most.
-const THREADS: usize = 256;
+/// Registers of a thread at most, and of a multiprocessor.
+const REGISTERS: [usize; 2] = [128, 65536];
 
 /// A convolution that these kernels take.
 #[derive(Clone, Copy, Debug)]
@@ -67,15 +65,15 @@ impl Band {
         (suits && counted && std::env::var_os("NOBAND").is_none()).then_some(Band { sizes, k: d.kh })
     }
 
-    /// Groups of `width` strips of `images` images, by warps of `channels` channels; `bytes` of shared memory for so many
-    /// slots and units.
+    /// Groups of `width` strips of `images` images, by blocks of `most` units at most and warps of `channels` channels;
+    /// `bytes` of a row on its way for so many slots.
     fn plan(
         &self,
         dev: &Device,
-        width: i32,
-        images: i32,
+        [width, images]: [i32; 2],
+        most: usize,
         channels: usize,
-        bytes: impl Fn(usize, usize) -> usize,
+        bytes: impl Fn(usize) -> usize,
     ) -> Plan {
         let mut sizes = self.sizes;
         // Groups start at multiples of what both counts are multiples of; each image that one meets takes a slot more.
@@ -86,56 +84,77 @@ impl Band {
         sizes.slots = width + (sizes.strips - start + width - 1) / sizes.strips + 1;
         let groups = (images * sizes.strips + width - 1) / width;
         sizes.rows = groups * sizes.oh;
+        let parted = 4 * 2 * 8 * (pitch(128, most) + pitch(64, most));
+        let shared = |units: usize| units * (parted + AHEAD * bytes(sizes.slots as usize));
+        let (block, processor) = shared_memory(dev.capability());
         let all = sizes.c as usize / 8;
-        let most = (THREADS / 32 * channels / 8).min(all.next_power_of_two());
-        let mut units = most.next_power_of_two();
-        while units > 1 && (units > most || bytes(sizes.slots as usize, units) > SHARED) {
+        let mut units = most.min(all.next_power_of_two());
+        while units > 1 && shared(units) > block {
             units /= 2;
         }
         let tiles = all.div_ceil(units);
         (sizes.unit_bits, sizes.tiles) = (units.trailing_zeros() as i32, tiles as i32);
         let threads = 8 * units / channels * 32;
         // Shares of rows such that the blocks fill the multiprocessors, once or a few times; every start costs a little.
-        let (fits, rows) = (2 * THREADS / threads * dev.processors(), sizes.rows as usize);
+        let resident = (REGISTERS[1] / REGISTERS[0] / threads).min(processor / shared(units)).max(1);
+        let (fits, rows) = (resident * dev.processors(), sizes.rows as usize);
         let (mut shares, mut best) = (1, f64::INFINITY);
         for waves in 1..=4 {
             let n = (waves * fits / tiles).clamp(1, rows.div_ceil(8));
             let rounds = (n * tiles).div_ceil(fits);
-            let time = (rounds * rows.div_ceil(n)) as f64 + (rounds * 2 * self.k as usize) as f64;
+            let time = (rounds * (rows.div_ceil(n) + 2 * self.k as usize)) as f64;
             if time < best {
                 (shares, best) = (n, time);
             }
         }
-        let shape = Shape::row(shares * tiles, threads as u32).shared(bytes(sizes.slots as usize, units));
-        Plan { sizes, shape, shares }
+        Plan { sizes, shape: Shape::row(shares * tiles, threads as u32).shared(shared(units)), shares }
     }
 
     /// The convolution of the image read; `views`: that image, weights, bias, image written.
     pub fn correlate(&self, dev: &Device, views: [View; 4], flip: bool, accumulate: bool) -> Result<(), CudaError> {
-        let channels = if self.k == 3 { 4 } else { 2 };
-        let words = [pitch(128, channels), pitch(64, channels)].map(|p| 2 * 8 * channels * p);
-        let bytes = |slots: usize, units: usize| 4 * (words[0] + words[1]) + 16 * AHEAD * slots * 8 * units;
-        let plan = self.plan(dev, 16, self.sizes.batch, channels, bytes);
+        let wide = std::env::var_os("MCPIPE_WIDE").is_some();
+        let (most, channels) = if wide { (4, 2) } else if self.k == 3 { (4, 4) } else { (2, 2) };
+        let plan = self.plan(dev, [16, self.sizes.batch], most, channels, |slots| 16 * slots * 8);
         let mut arguments = Arguments::default();
         views.into_iter().for_each(|view| arguments.push(view));
         arguments.push(plan.sizes);
         [flip, accumulate].into_iter().for_each(|value| arguments.push(i32::from(value)));
-        let name = named(["depthwise_band_3", "depthwise_band_5", "depthwise_band_7"], self.k);
+        let name = named(
+            if wide {
+                ["depthwise_band_3_wide", "depthwise_band_5_wide", "depthwise_band_7_wide"]
+            } else {
+                ["depthwise_band_3", "depthwise_band_5", "depthwise_band_7"]
+            },
+            self.k,
+        );
         dev.launch(Kernel { file: "depthwise_band", name }, plan.shape, arguments)
     }
 
     /// The gradients by weights and bias in parts, `[parts, taps + 1, c]`, and the parts; `views`: x, dy.
     pub fn filter(&self, dev: &Device, taps: usize, views: [View; 2]) -> Result<(View, usize), CudaError> {
-        let words = [pitch(128, 2), pitch(64, 2)].map(|p| 2 * 8 * 2 * p);
-        let bytes = |slots: usize, units: usize| 4 * (words[0] + words[1]) + 16 * AHEAD * 2 * (slots * 8 + 64) * units;
-        let plan = self.plan(dev, 8, (self.sizes.batch + 1) / 2, 2, bytes);
+        let wide = std::env::var_os("MCPIPE_WIDE").is_some();
+        let images = (self.sizes.batch + 1) / 2;
+        let plan = self.plan(dev, [8, images], if wide { 4 } else { 2 }, 2, |slots| 16 * 2 * (slots * 8 + 64));
         let partials = dev.scratch(plan.shares * (taps + 1) * self.sizes.c as usize, Element::F32)?;
         let mut arguments = Arguments::default();
         views.into_iter().chain([partials]).for_each(|view| arguments.push(view));
         arguments.push(plan.sizes);
-        let names = ["depthwise_band_filter_3", "depthwise_band_filter_5", "depthwise_band_filter_7"];
+        let names = if wide {
+            ["depthwise_band_filter_3_wide", "depthwise_band_filter_5_wide", "depthwise_band_filter_7_wide"]
+        } else {
+            ["depthwise_band_filter_3", "depthwise_band_filter_5", "depthwise_band_filter_7"]
+        };
         dev.launch(Kernel { file: "depthwise_band_filter", name: named(names, self.k) }, plan.shape, arguments)?;
         Ok((partials, plan.shares))
+    }
+}
+
+/// Bytes of shared memory of a block and of a multiprocessor of a compute capability, less what the driver keeps.
+fn shared_memory(capability: u32) -> (usize, usize) {
+    match capability {
+        90 | 100 | 103 => (224 << 10, 224 << 10),
+        80 | 87 => (160 << 10, 160 << 10),
+        _ => (96 << 10, 96 << 10),
     }
 }
 
