@@ -107,17 +107,9 @@ __device__ __forceinline__ void transpose_by_2(const View& dy, const View& w, co
   }
 }
 
-// bf16 at stride 1, in strips of LONG or 4 rows.
-template <int K, int LONG>
-__device__ __forceinline__ void square(const View& x, const View& w, const View& bias, const View& y, const Conv& d,
-                                       int flip, int accumulate, int variant, float* weights) {
-  if (variant == 0) correlate<Bf16x4, K, 1, LONG, 2>(x, w, bias, y, d, flip, accumulate, weights);
-  else correlate<Bf16x4, K, 1, 4, 2>(x, w, bias, y, d, flip, accumulate, weights);
-}
-
 // f32 at stride 1; bf16 and f32 at stride 2; their gradients by x.
 template <int K, int SHORT>
-__device__ __forceinline__ void square_other(const View& x, const View& w, const View& bias, const View& y,
+__device__ __forceinline__ void square(const View& x, const View& w, const View& bias, const View& y,
                                              const Conv& d, int flip, int accumulate, int variant, float* weights) {
   switch (variant) {
     case 0: correlate<F32x4, K, 1, 4, 2>(x, w, bias, y, d, flip, accumulate, weights); break;
@@ -128,7 +120,7 @@ __device__ __forceinline__ void square_other(const View& x, const View& w, const
   }
 }
 
-extern "C" __global__ void __launch_bounds__(128, 5)
+extern "C" __global__ void __launch_bounds__(128, 3)
     depthwise_3(View x, View w, View bias, View y, Conv d, int flip, int accumulate, int variant) {
   __shared__ __align__(16) float weights[9 * 64];
   square<3, 4>(x, w, bias, y, d, flip, accumulate, variant, weights);
@@ -137,31 +129,13 @@ extern "C" __global__ void __launch_bounds__(128, 5)
 extern "C" __global__ void __launch_bounds__(128, 3)
     depthwise_5(View x, View w, View bias, View y, Conv d, int flip, int accumulate, int variant) {
   __shared__ __align__(16) float weights[25 * 64];
-  square<5, 7>(x, w, bias, y, d, flip, accumulate, variant, weights);
-}
-
-extern "C" __global__ void __launch_bounds__(128, 3)
-    depthwise_7(View x, View w, View bias, View y, Conv d, int flip, int accumulate, int variant) {
-  __shared__ __align__(16) float weights[49 * 64];
-  square<7, 7>(x, w, bias, y, d, flip, accumulate, variant, weights);
-}
-
-extern "C" __global__ void __launch_bounds__(128, 3)
-    depthwise_3_other(View x, View w, View bias, View y, Conv d, int flip, int accumulate, int variant) {
-  __shared__ __align__(16) float weights[9 * 64];
-  square_other<3, 4>(x, w, bias, y, d, flip, accumulate, variant, weights);
-}
-
-extern "C" __global__ void __launch_bounds__(128, 3)
-    depthwise_5_other(View x, View w, View bias, View y, Conv d, int flip, int accumulate, int variant) {
-  __shared__ __align__(16) float weights[25 * 64];
-  square_other<5, 4>(x, w, bias, y, d, flip, accumulate, variant, weights);
+  square<5, 4>(x, w, bias, y, d, flip, accumulate, variant, weights);
 }
 
 extern "C" __global__ void __launch_bounds__(128, 2)
-    depthwise_7_other(View x, View w, View bias, View y, Conv d, int flip, int accumulate, int variant) {
+    depthwise_7(View x, View w, View bias, View y, Conv d, int flip, int accumulate, int variant) {
   __shared__ __align__(16) float weights[49 * 64];
-  square_other<7, 2>(x, w, bias, y, d, flip, accumulate, variant, weights);
+  square<7, 2>(x, w, bias, y, d, flip, accumulate, variant, weights);
 }
 
 // Any size, multiplier and element type: a thread an element of y.

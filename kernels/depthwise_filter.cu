@@ -82,12 +82,11 @@ __device__ __forceinline__ void filter(const View& x, const View& dy, const View
   leave<1, V>(bias, partials, line + K * K, t, d, room);
 }
 
-// bf16 and f32 at stride 1, then at stride 2.
-template <int K, class B, class F, int TH>
+// f32 at stride 1, bf16 and f32 at stride 2.
+template <int K, class B, class F>
 __device__ __forceinline__ void square(const View& x, const View& dy, const View& partials, const Conv& d, int variant,
                                        float* room) {
   switch (variant) {
-    case 0: filter<B, K, 1, TH, 2>(x, dy, partials, d, room); break;
     case 1: filter<F, K, 1, 4, 1>(x, dy, partials, d, room); break;
     case 2: filter<B, K, 2, 2, 1>(x, dy, partials, d, room); break;
     default: filter<F, K, 2, 2, 1>(x, dy, partials, d, room); break;
@@ -97,19 +96,19 @@ __device__ __forceinline__ void square(const View& x, const View& dy, const View
 extern "C" __global__ void __launch_bounds__(128, 3)
     depthwise_filter_3(View x, View dy, View partials, Conv d, int variant) {
   __shared__ float room[128 * 12];
-  square<3, Bf16x4, F32x4, 4>(x, dy, partials, d, variant, room);
+  square<3, Bf16x4, F32x4>(x, dy, partials, d, variant, room);
 }
 
 extern "C" __global__ void __launch_bounds__(128, 3)
     depthwise_filter_5(View x, View dy, View partials, Conv d, int variant) {
   __shared__ float room[128 * 10];
-  square<5, Bf16x2, F32x2, 7>(x, dy, partials, d, variant, room);
+  square<5, Bf16x2, F32x2>(x, dy, partials, d, variant, room);
 }
 
 extern "C" __global__ void __launch_bounds__(128, 2)
     depthwise_filter_7(View x, View dy, View partials, Conv d, int variant) {
   __shared__ float room[128 * 14];
-  square<7, Bf16x2, F32x2, 7>(x, dy, partials, d, variant, room);
+  square<7, Bf16x2, F32x2>(x, dy, partials, d, variant, room);
 }
 
 // Any size, multiplier and element type: a block sums one tap (grid z; the last one the bias) of 32 channels (grid y) over

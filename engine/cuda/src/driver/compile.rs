@@ -37,9 +37,6 @@ const OPTIONS: &[&str] = &["--std=c++17", "--device-int128", "--restrict"];
 /// # Errors
 /// NVRTC is missing or refuses the source. A cache that can't be written is no error.
 pub(crate) fn machine_code(file: &str, capability: u32) -> Result<Vec<u8>, CudaError> {
-    if let Some(code) = std::env::var_os("MCPIPE_CUBINS").and_then(|f| std::fs::read(PathBuf::from(f).join(format!("{file}.cubin"))).ok()) {
-        return Ok(code);
-    }
     library::load(Library::Nvrtc)?;
     let texts = texts(file);
     let (source, headers) = texts.ok_or_else(|| CudaError::Unsupported(format!("there is no kernels/{file}.cu")))?;

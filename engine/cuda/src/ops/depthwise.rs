@@ -114,65 +114,62 @@ fn correlate(dev: &Device, d: Conv, x: View, w: View, bias: Option<View>, y: Vie
     if let Some(band) = Band::new(&d, [x, y]) {
         return band.correlate(dev, [x, w, bias, y], false, false);
     }
-    match d.vector(4, [x, y]) {
-        Some(element) if d.stride == 1 => square(dev, d, element, None, [x, w, bias, y], false),
-        Some(element) => square(dev, d, element, Some(i32::from(element == Element::F32) + 1), [x, w, bias, y], false),
-        None => {
+    match (d.stride, d.vector(4, [x, y])) {
+        (1, Some(Element::F32)) => square(dev, d, Variant::F32, [x, w, bias, y], false, false),
+        (2, Some(element)) => square(dev, d, Variant::by_2(element), [x, w, bias, y], false, false),
+        _ => {
             let n = d.outputs();
             launch!(dev, "depthwise", "depthwise_any", Shape::items(n), x, w, bias, y, d, n as i64)
         }
     }
 }
 
-/// Runs a square kernel: at stride 1 (`other` none; flipped for the gradient by x), else variant `other`.
-/// `views`: image read, weights, bias, image written.
+/// What a square kernel of `depthwise.cu` computes, as `square` there numbers it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Variant {
+    F32 = 0,
+    Bf16By2,
+    F32By2,
+    Bf16TransposedBy2,
+    F32TransposedBy2,
+}
+
+impl Variant {
+    fn by_2(element: Element) -> Self {
+        if element == Element::F32 { Variant::F32By2 } else { Variant::Bf16By2 }
+    }
+
+    fn transposed_by_2(element: Element) -> Self {
+        if element == Element::F32 { Variant::F32TransposedBy2 } else { Variant::Bf16TransposedBy2 }
+    }
+
+    /// Rows and columns of the pixels of a thread.
+    fn pixels(self, k: i32) -> [i32; 2] {
+        match self {
+            Variant::F32TransposedBy2 if k == 7 => [2, 2],
+            Variant::Bf16By2 | Variant::F32By2 => [4, 1],
+            _ => [4, 2],
+        }
+    }
+}
+
+/// Runs a square kernel, with the taps turned around on `flip`; `views`: image read, weights, bias, image written.
 fn square(
     dev: &Device,
     mut d: Conv,
-    element: Element,
-    other: Option<i32>,
-    views: [View; 4],
-    accumulate: bool,
-) -> Result<(), CudaError> {
-    square_flipped(dev, &mut d, element, other, views, false, accumulate)
-}
-
-fn square_flipped(
-    dev: &Device,
-    d: &mut Conv,
-    element: Element,
-    other: Option<i32>,
+    variant: Variant,
     views: [View; 4],
     flip: bool,
     accumulate: bool,
 ) -> Result<(), CudaError> {
     let tiles = d.cut(4, 16);
-    let waste = |rows: i32| (d.oh + rows - 1) / rows * rows;
-    let others = ["depthwise_3_other", "depthwise_5_other", "depthwise_7_other"];
-    let (name, variant, rows, columns) = match other {
-        Some(variant) => (
-            named(others, d.kh),
-            variant,
-            if variant > 3 && d.kh == 7 { 2 } else { 4 },
-            if variant < 3 { 1 } else { 2 },
-        ),
-        None if element == Element::F32 => (named(others, d.kh), 0, 4, 2),
-        None => {
-            let long = d.kh > 3 && waste(7) <= waste(4);
-            let name = named(["depthwise_3", "depthwise_5", "depthwise_7"], d.kh);
-            (name, i32::from(!long), if long { 7 } else { 4 }, 2)
-        }
-    };
-    let fits = match name {
-        "depthwise_3" => 5,
-        "depthwise_7_other" => 2,
-        _ => 3,
-    };
-    let blocks = d.blocks(dev, rows, columns, tiles, fits);
+    let name = named(["depthwise_3", "depthwise_5", "depthwise_7"], d.kh);
+    let [rows, columns] = variant.pixels(d.kh);
+    let blocks = d.blocks(dev, rows, columns, tiles, if d.kh == 7 { 2 } else { 3 });
     let mut arguments = Arguments::default();
     views.into_iter().for_each(|view| arguments.push(view));
-    arguments.push(*d);
-    [i32::from(flip), i32::from(accumulate), variant].into_iter().for_each(|value| arguments.push(value));
+    arguments.push(d);
+    [i32::from(flip), i32::from(accumulate), variant as i32].into_iter().for_each(|value| arguments.push(value));
     dev.launch(Kernel { file: "depthwise", name }, Shape::grid([blocks, tiles, 1], THREADS as u32), arguments)
 }
 
@@ -187,13 +184,10 @@ fn data(dev: &Device, d: Conv, w: View, dy: View, dx: Grad) -> Result<(), CudaEr
             return band.correlate(dev, views, true, dx.accumulate);
         }
     }
-    match d.vector(4, [dy, dx.view]) {
-        Some(element) if d.stride == 1 => {
-            square_flipped(dev, &mut back, element, None, views, true, dx.accumulate)
-        }
-        Some(element) if d.pad_h == d.kh / 2 && d.pad_w == d.kw / 2 => {
-            square(dev, back, element, Some(i32::from(element == Element::F32) + 3), views, dx.accumulate)
-        }
+    let same = d.pad_h == d.kh / 2 && d.pad_w == d.kw / 2;
+    match (d.stride, d.vector(4, [dy, dx.view])) {
+        (1, Some(Element::F32)) => square(dev, back, Variant::F32, views, true, dx.accumulate),
+        (2, Some(element)) if same => square(dev, back, Variant::transposed_by_2(element), views, false, dx.accumulate),
         _ => {
             let (n, accumulate) = (d.inputs(), i32::from(dx.accumulate));
             launch!(dev, "depthwise", "depthwise_any_data", Shape::items(n), w, dy, dx.view, d, n as i64, accumulate)
@@ -214,19 +208,12 @@ fn filter(
     let width = if d.kh == 3 { 4 } else { 2 };
     let (partials, blocks) = match d.vector(width, [x, dy]) {
         Some(_) if let Some(band) = Band::new(&d, [x, dy]) => band.filter(dev, d.taps(), [x, dy])?,
-        Some(element) => {
+        Some(element) if d.stride == 2 || element == Element::F32 => {
             let tiles = d.cut(width as usize, 64 / width as usize);
             let f32s = element == Element::F32;
             let variant = i32::from(f32s) + if d.stride == 2 { 2 } else { 0 };
-            let rows = if d.stride == 2 {
-                2
-            } else if d.kh == 3 || f32s {
-                4
-            } else {
-                7
-            };
-            let columns = if variant == 0 { 2 } else { 1 };
-            let blocks = d.blocks(dev, rows, columns, tiles, if d.kh == 7 { 2 } else { 3 });
+            let rows = if d.stride == 2 { 2 } else { 4 };
+            let blocks = d.blocks(dev, rows, 1, tiles, if d.kh == 7 { 2 } else { 3 });
             let partials = dev.scratch(blocks * line, Element::F32)?;
             let name = named(["depthwise_filter_3", "depthwise_filter_5", "depthwise_filter_7"], d.kh);
             let mut arguments = Arguments::default();
@@ -237,7 +224,7 @@ fn filter(
             dev.launch(Kernel { file: "depthwise_filter", name }, shape, arguments)?;
             (partials, blocks)
         }
-        None => {
+        _ => {
             let (tiles, pixels) = ((d.c as usize).div_ceil(32), d.outputs() / d.c as usize);
             let wanted = (8 * dev.processors() / (tiles * (d.taps() + 1))).max(1);
             let blocks = pixels.div_ceil(64).min(wanted);

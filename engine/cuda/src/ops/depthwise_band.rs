@@ -35,6 +35,9 @@ unsafe impl Argument for Sizes {
 const STRIP: i32 = 8;
 /// Rows under way (`ROWS_AHEAD`).
 const AHEAD: usize = 4;
+/// Whether a block has 512 threads and 32 channels, once a multiprocessor, in place of 256 threads and 16 channels, twice
+/// (of 32 channels where the kernel is 3×3).
+const WIDE: bool = false;
 /// Registers of a thread at most, and of a multiprocessor.
 const REGISTERS: [usize; 2] = [128, 65536];
 
@@ -56,13 +59,13 @@ impl Band {
     /// Where sizes and element types suit: squares of 3, 5, 7 at stride 1, bf16, channels in whole groups of eight.
     pub fn new(d: &Conv, tensors: [View; 2]) -> Option<Self> {
         let inside = |pad: i32| (0..d.kh).contains(&pad);
-        let counted = d.inputs().max(d.outputs()) / 8 < 1 << 31 && (d.ow as usize) * (d.oh as usize) * (d.batch as usize) < 1 << 30;
+        let counted = d.inputs().max(d.outputs()) / 8 < 1 << 31
+            && (d.ow as usize) * (d.oh as usize) * (d.batch as usize) < 1 << 30;
         let suits = d.stride == 1 && d.vector(8, tensors)? == Element::Bf16 && inside(d.pad_h) && inside(d.pad_w);
         let Conv { batch, h, w, oh, ow, c, pad_h, pad_w, .. } = *d;
         let strips = (ow + STRIP - 1) / STRIP;
-        let sizes =
-            Sizes { batch, h, w, oh, ow, c, pad_h, pad_w, strips, slots: 0, unit_bits: 0, tiles: 0, rows: 0 };
-        (suits && counted && std::env::var_os("NOBAND").is_none()).then_some(Band { sizes, k: d.kh })
+        let sizes = Sizes { batch, h, w, oh, ow, c, pad_h, pad_w, strips, slots: 0, unit_bits: 0, tiles: 0, rows: 0 };
+        (suits && counted).then_some(Band { sizes, k: d.kh })
     }
 
     /// Groups of `width` strips of `images` images, by blocks of `most` units at most and warps of `channels` channels;
@@ -112,15 +115,18 @@ impl Band {
 
     /// The convolution of the image read; `views`: that image, weights, bias, image written.
     pub fn correlate(&self, dev: &Device, views: [View; 4], flip: bool, accumulate: bool) -> Result<(), CudaError> {
-        let wide = std::env::var_os("MCPIPE_WIDE").is_some();
-        let (most, channels) = if wide { (4, 2) } else if self.k == 3 { (4, 4) } else { (2, 2) };
+        let (most, channels) = match (WIDE, self.k) {
+            (true, _) => (4, 2),
+            (false, 3) => (4, 4),
+            _ => (2, 2),
+        };
         let plan = self.plan(dev, [16, self.sizes.batch], most, channels, |slots| 16 * slots * 8);
         let mut arguments = Arguments::default();
         views.into_iter().for_each(|view| arguments.push(view));
         arguments.push(plan.sizes);
         [flip, accumulate].into_iter().for_each(|value| arguments.push(i32::from(value)));
         let name = named(
-            if wide {
+            if WIDE {
                 ["depthwise_band_3_wide", "depthwise_band_5_wide", "depthwise_band_7_wide"]
             } else {
                 ["depthwise_band_3", "depthwise_band_5", "depthwise_band_7"]
@@ -132,14 +138,13 @@ impl Band {
 
     /// The gradients by weights and bias in parts, `[parts, taps + 1, c]`, and the parts; `views`: x, dy.
     pub fn filter(&self, dev: &Device, taps: usize, views: [View; 2]) -> Result<(View, usize), CudaError> {
-        let wide = std::env::var_os("MCPIPE_WIDE").is_some();
         let images = (self.sizes.batch + 1) / 2;
-        let plan = self.plan(dev, [8, images], if wide { 4 } else { 2 }, 2, |slots| 16 * 2 * (slots * 8 + 64));
+        let plan = self.plan(dev, [8, images], if WIDE { 4 } else { 2 }, 2, |slots| 16 * 2 * (slots * 8 + 64));
         let partials = dev.scratch(plan.shares * (taps + 1) * self.sizes.c as usize, Element::F32)?;
         let mut arguments = Arguments::default();
         views.into_iter().chain([partials]).for_each(|view| arguments.push(view));
         arguments.push(plan.sizes);
-        let names = if wide {
+        let names = if WIDE {
             ["depthwise_band_filter_3_wide", "depthwise_band_filter_5_wide", "depthwise_band_filter_7_wide"]
         } else {
             ["depthwise_band_filter_3", "depthwise_band_filter_5", "depthwise_band_filter_7"]
