@@ -6,7 +6,7 @@ use std::rc::{Rc, Weak};
 use mcpipe_cpu::conv::Conv2d;
 
 use crate::driver::gpu::Gpu;
-use crate::driver::{ConvPass, Driver, Product};
+use crate::driver::{ConvPass, Driver, Product, TensorMap};
 use crate::error::CudaError;
 use crate::launch::{Arguments, Kernel, Shape};
 use crate::ops::dense::Weights;
@@ -229,6 +229,16 @@ impl Device {
             return Ok(());
         }
         self.driver.launch(kernel, shape, arguments)
+    }
+
+    pub(crate) fn tensor_map(
+        &self,
+        of: View,
+        dims: [usize; 2],
+        ld: usize,
+        high: usize,
+    ) -> Result<TensorMap, CudaError> {
+        self.driver.tensor_map(of, dims, ld, high)
     }
 
     /// `d [m, n] = a [m, k] · b [n, k]ᵀ`, row-major and contiguous; `a` and `b` of one type.
