@@ -42,17 +42,18 @@ __device__ __forceinline__ void barrier_init_done() { asm volatile("fence.mbarri
 __device__ __forceinline__ void barrier_expect(u64* bar, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(shared_word(bar)), "r"(bytes) : "memory");
 }
-// Arrives at the barrier at this place in block `rank` of the cluster.
+// Arrives at the barrier at this place in block `rank` of the cluster. Orders nothing for that block's ordinary accesses:
+// a wider scope would cost a fence of the whole device each time.
 __device__ __forceinline__ void barrier_arrive(u64* bar, int rank) {
   asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-               "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}"
+               "mbarrier.arrive.shared::cluster.b64 _, [there];\n}"
                :: "r"(shared_word(bar)), "r"(rank) : "memory");
 }
 // Waits for the end of the phase with this parity.
 __device__ __forceinline__ void barrier_wait(u64* bar, u32 parity) {
   u32 done;
   do {
-    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
                  "selp.u32 %0, 1, 0, p;\n}" : "=r"(done) : "r"(shared_word(bar)), "r"(parity) : "memory");
   } while (!done);
 }

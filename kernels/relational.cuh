@@ -14,6 +14,8 @@ constexpr int MOST_TEACHERS = 11;
 constexpr int MOST_SETS = 1 + MOST_TEACHERS;
 constexpr float LOG2E = 1.44269504f;
 constexpr double LOG2E_WIDE = 1.4426950408889634;
+// Below it a number is 0 to ex2 and lg2.
+constexpr float LEAST_NORMAL = 1.17549435e-38f;
 constexpr double LN2 = 0.6931471805599453;
 // Rows that share a column partial.
 constexpr int BLOCK_ROWS = 64;
@@ -59,8 +61,9 @@ __device__ __forceinline__ float lg2(float x) {
   return y;
 }
 #else
-static inline float ex2(float x) { return exp2f(x); }
-static inline float lg2(float x) { return log2f(x); }
+static inline float flushed(float x) { return fabsf(x) < LEAST_NORMAL ? 0.0f : x; }
+static inline float ex2(float x) { return flushed(exp2f(flushed(x))); }
+static inline float lg2(float x) { return log2f(flushed(x)); }
 #endif
 __device__ __forceinline__ float log2_of(float x) { return lg2(x); }
 __device__ __forceinline__ double log2_of(double x) { return log2(x); }

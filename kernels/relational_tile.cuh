@@ -284,8 +284,8 @@ __device__ __forceinline__ float mean_entropy(const Problem& p, int lane, int ro
         bool inside = row0 + Rows<MF>::place(2 * m + e / 2, lane) < p.rows &&
                       col0 + Columns<NF>::place(2 * n + e % 2, lane) < p.cols;
         float a = share * by_row[m][n][e], b = share * by_col[m][n][e];
-        if (inside && a != 0.0f) sum += a * lg2(a);
-        if (inside && b != 0.0f) sum += b * lg2(b);
+        if (inside && !(a < LEAST_NORMAL)) sum += a * lg2(a);
+        if (inside && !(b < LEAST_NORMAL)) sum += b * lg2(b);
       }
   return sum;
 }

@@ -80,8 +80,9 @@ impl Room {
     }
 }
 
-/// Times the loss at `batch`.
+/// Times the loss at `batch`. Its memory is right for the first batch of a process: scratch memory stays.
 pub fn time(device: &Device, batch: usize) -> Result<(), Failure> {
+    let [least_forward, least_backward] = products(device, batch)?;
     let dims = Relational::whole(batch, DIM, &[TEACHER]);
     let pairs = Pairs::new(&dims, true)?;
     let ids: Vec<i32> = (0..batch as i32).collect();
@@ -125,7 +126,6 @@ pub fn time(device: &Device, batch: usize) -> Result<(), Failure> {
     let extra = before.saturating_sub(device.memory().0) as f64 / 1e6;
     let allowed = 1024.0 * batch as f64 * 2.0 / 1e6 + 64.0;
     let value = device.download(out)?;
-    let [least_forward, least_backward] = products(device, batch)?;
     println!(
         r#"{{"case": "loss {batch}", "ms": {:.3}, "forward_ms": {:.3}, "backward_ms": {:.3}, "forward_share": {:.2}, "backward_share": {:.2}, "extra_MB": {extra:.0}, "allowed_MB": {allowed:.0}, "value": {value:?}}}"#,
         (forward + backward) * 1e3,
