@@ -230,7 +230,7 @@ __device__ __forceinline__ void line_sums(const Real (&x)[MF][NF][4], Y y, int l
   Lines::select(top, lane);
   if constexpr (AVERAGE) Lines::reduce(weighted, lane, Sum());
 #pragma unroll
-  for (int i = 0; i < Lines::OWN; i++) out[i] = {top[i], sum[i], weighted[i]};
+  for (int i = 0; i < Lines::OWN; i++) out[i] = {sum[i] == Real(0) ? -(Real)INFINITY : top[i], sum[i], weighted[i]};
 }
 
 // Both directions at once, with one exponential an element: x must be in range for sums without a reference.

@@ -360,7 +360,7 @@ impl<'a> Pairs<'a> {
                     )?;
                 }
                 let strip_rows = tiles * side;
-                let [col_blocks, row_blocks] = [self.d.cols, strip_rows].map(|n| n.div_ceil(256));
+                let [col_blocks, row_blocks] = [self.d.cols, strip_rows].map(|n| n.div_ceil(32));
                 let [row_state, col_state, scalars] = [saved[0], saved[1], saved[2]].map(|v| v.address);
                 launch!(
                     dev,
@@ -466,7 +466,7 @@ impl<'a> Pairs<'a> {
             }
             entropies = (sums, blocks);
         }
-        let (shape, count) = (Shape::row(1, 512), entropies.1 as i32);
+        let (shape, count) = (Shape::row(1, 1024), entropies.1 as i32);
         let [rows, cols, scalars] = [saved[0], saved[1], saved[2]].map(|v| v.address);
         let (file_sums, out) = (entropies.0.address, out);
         launch!(dev, "relational_merge", "relational_finish", shape, p, rows, cols, scalars, file_sums, count, out)
