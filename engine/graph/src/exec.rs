@@ -274,6 +274,16 @@ impl<B: Backend> Executor<B> {
         Ok(check_ids(&self.graph, t.id, values)?)
     }
 
+    /// Copies host ids to input `t`; to be fed as [`Feed::Held`].
+    ///
+    /// # Errors
+    /// As [`check_ids`](Self::check_ids).
+    pub fn upload_ids(&mut self, t: &Tensor, values: &[i32]) -> Result<(), ExecError> {
+        self.check_ids(t, values)?;
+        self.backend.upload_ints(values, self.ints.entry(t.id).or_default());
+        Ok(())
+    }
+
     /// Takes `ids` (a buffer that they were uploaded to) as those of input `t`; to be fed as [`Feed::Held`].
     pub fn set_ids(&mut self, t: &Tensor, ids: B::Ints) {
         self.ints.insert(t.id, ids);

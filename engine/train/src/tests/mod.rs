@@ -7,6 +7,7 @@ mod device;
 mod gradients;
 mod levels;
 mod non_finite;
+mod pairs;
 mod steps;
 
 use std::rc::Rc;
