@@ -19,6 +19,7 @@ pub struct Memory {
     address: Address,
     bytes: usize,
     weights: Weak<RefCell<Weights>>,
+    held: Rc<Cell<usize>>,
 }
 
 impl Memory {
@@ -42,6 +43,7 @@ impl Drop for Memory {
         {
             weights.forget(View::new(self.address, self.bytes, Element::U8));
         }
+        self.held.set(self.held.get() - self.bytes);
         self.driver.free(self.address);
     }
 }
@@ -57,6 +59,8 @@ pub struct Device {
     recorded: Rc<Cell<bool>>,
     retired: Rc<RefCell<Vec<Memory>>>,
     bf16: Rc<Cell<bool>>,
+    /// Bytes of memory that were given out.
+    held: Rc<Cell<usize>>,
     pub(crate) weights: Rc<RefCell<Weights>>,
 }
 
@@ -70,6 +74,7 @@ impl Device {
             recorded: Rc::default(),
             retired: Rc::default(),
             bf16: Rc::default(),
+            held: Rc::default(),
             weights: Rc::default(),
         }
     }
@@ -89,6 +94,15 @@ impl Device {
     #[cfg(feature = "shim")]
     pub fn shim() -> Result<Self, CudaError> {
         Ok(Device::from_driver(Rc::new(crate::driver::shim::Shim::from_env()?)))
+    }
+
+    /// The same with `total` bytes of memory.
+    ///
+    /// # Errors
+    /// As [`shim`](Self::shim).
+    #[cfg(feature = "shim")]
+    pub fn shim_of(total: usize) -> Result<Self, CudaError> {
+        Ok(Device::from_driver(Rc::new(crate::driver::shim::Shim::from_env_of(total)?)))
     }
 
     /// What it is, for messages.
@@ -111,6 +125,11 @@ impl Device {
         self.driver.memory()
     }
 
+    /// Bytes that are free or held by this device's user: what others don't have.
+    pub fn room(&self) -> usize {
+        self.memory().0 + self.held.get()
+    }
+
     /// Memory of `bytes` (at least one), 256-byte aligned, holding anything.
     ///
     /// # Errors
@@ -119,7 +138,9 @@ impl Device {
         // In tests exactly as much: what lies behind is guarded.
         let bytes = if cfg!(feature = "shim") { bytes.max(1) } else { bytes.max(1).next_multiple_of(256) };
         let address = self.driver.alloc(bytes)?;
-        Ok(Memory { driver: Rc::clone(&self.driver), address, bytes, weights: Rc::downgrade(&self.weights) })
+        self.held.set(self.held.get() + bytes);
+        let (driver, held) = (Rc::clone(&self.driver), Rc::clone(&self.held));
+        Ok(Memory { driver, address, bytes, weights: Rc::downgrade(&self.weights), held })
     }
 
     /// Memory for one op's run, holding anything. Each call within an op gives other memory; the op's end gives all of

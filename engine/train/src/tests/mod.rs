@@ -6,6 +6,7 @@ mod checkpoints;
 mod device;
 mod gradients;
 mod levels;
+mod memory;
 mod non_finite;
 mod pairs;
 mod steps;
