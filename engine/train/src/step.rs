@@ -104,7 +104,8 @@ impl<B: Backend> Step<B> {
         };
         let targets: Vec<&str> = graphs.targets.iter().map(|t| t.name.as_str()).collect();
         let view = setup.model.view;
-        let mut tower = Tower::new(executor("student", &graphs.tower, store, Mode::Train)?, view, &targets);
+        let mode = if setup.training.recompute { Mode::Recompute } else { Mode::Train };
+        let mut tower = Tower::new(executor("student", &graphs.tower, store, mode)?, view, &targets);
         let first = graphs.first.as_ref().map(|g| executor("student", g, store, Mode::Forward)).transpose()?;
         let mut first = first.map(|e| Tower::new(e, view, &[]));
         let loss = on(losses(), "losses", &graphs.loss, store, Mode::Train)?;

@@ -3,6 +3,7 @@
 use mcpipe_cuda::{CudaError, Device, size};
 use mcpipe_graph::ExecError;
 use mcpipe_graph::backend::BackendError;
+use mcpipe_spec::Training;
 
 use crate::error::TrainError;
 use crate::plan::StepPlan;
@@ -37,36 +38,36 @@ pub(super) fn explain(setup: &TrainSetup, device: &Device, error: TrainError) ->
     TrainError::OutOfMemory { what: error.to_string(), advice: advice(setup, room) }
 }
 
-/// The bytes that a step in `accumulate` parts of a batch of `batch_size` needs by the plan.
-fn planned(setup: &TrainSetup, batch_size: usize, accumulate: usize) -> Option<usize> {
-    let mut other = setup.clone();
-    other.training.batch_size = batch_size;
-    other.training.accumulate = accumulate;
-    Some(StepPlan::new(&other, true).ok()?.bytes())
-}
-
-/// What of a setup fits into `room` bytes by the plan's arithmetic: the least accumulation that keeps the batch, and the
-/// greatest batch in as many parts as now.
+/// What of a setup fits into `room` bytes by the plan's arithmetic: recomputation, the least accumulation that keeps the
+/// batch, the greatest batch in as many parts as now.
 fn advice(setup: &TrainSetup, room: usize) -> String {
     let t = &setup.training;
-    let Some(now) = planned(setup, t.batch_size, t.accumulate) else { return "no plan can be made".into() };
+    let planned = |change: &dyn Fn(&mut Training)| {
+        let mut other = setup.clone();
+        change(&mut other.training);
+        Some(StepPlan::new(&other, true).ok()?.bytes())
+    };
+    let Some(now) = planned(&|_| ()) else { return "no plan can be made".into() };
     // Where it should have fitted, something else took the memory: a good deal less is to be tried.
     let most = if now <= room { now / 4 * 3 } else { room };
-    let fits = |batch_size: usize, accumulate: usize| planned(setup, batch_size, accumulate).filter(|b| *b <= most);
+    let fits = |change: &dyn Fn(&mut Training)| planned(change).filter(|b| *b <= most);
     let mut list = Vec::new();
+    if let Some(bytes) = fits(&|t| t.recompute = true).filter(|_| !t.recompute) {
+        list.push(format!("`recompute = true` with {} for the same steps", size(bytes)));
+    }
     let parts = (t.accumulate + 1..=t.batch_size / 2).filter(|parts| t.batch_size.is_multiple_of(*parts));
-    if let Some((parts, bytes)) = parts.into_iter().find_map(|p| Some((p, fits(t.batch_size, p)?))) {
+    if let Some((parts, bytes)) = parts.into_iter().find_map(|p| Some((p, fits(&|t| t.accumulate = p)?))) {
         list.push(format!("`accumulate = {parts}` with {} for the same steps", size(bytes)));
     }
     // Halving: a batch that fits, and one above it that doesn't.
     let (mut low, mut high) = (0, t.batch_size / t.accumulate);
     while high - low > 1 {
         let middle = low.midpoint(high);
-        if fits(middle * t.accumulate, t.accumulate).is_some() { low = middle } else { high = middle }
+        if fits(&|t| t.batch_size = middle * t.accumulate).is_some() { low = middle } else { high = middle }
     }
     let batch_size = low * t.accumulate;
     if low >= 2
-        && let Some(bytes) = fits(batch_size, t.accumulate)
+        && let Some(bytes) = fits(&|t| t.batch_size = batch_size)
     {
         list.push(format!("`batch_size = {batch_size}` with {}", size(bytes)));
     }

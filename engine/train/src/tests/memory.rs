@@ -1,45 +1,58 @@
 //! A device whose memory does not suffice; with the feature `shim` and the library that `MCPIPE_SHIM` names, else unseen.
 
+use super::recompute::Deep;
 use super::*;
 
-/// A training on a device of so many bytes, and what it ends with.
-#[cfg(feature = "shim")]
-fn refused(total: usize, setup: TrainSetup) -> Option<String> {
+/// A step on a device of so many bytes; none without the library.
+fn step(total: usize, setup: TrainSetup) -> Option<Result<(), TrainError>> {
     std::env::var_os("MCPIPE_SHIM")?;
     let compute = Compute::Cuda(mcpipe_cuda::Device::shim_of(total).unwrap());
     let batch = Random::new(setup.training.batch_size, false).batch(0);
-    let ran = Trainer::new(TrainSetup { compute, ..setup }).and_then(|mut t| t.one(&batch).map(drop));
-    let e = ran.expect_err("too little memory");
-    assert!(matches!(e, TrainError::OutOfMemory { .. }), "{e}");
-    Some(e.to_string())
+    Some(Trainer::new(TrainSetup { compute, ..setup }).and_then(|mut t| t.one(&batch).map(drop)))
 }
 
-#[cfg(feature = "shim")]
+fn shallow() -> TrainSetup {
+    setup(conv(6, false), training(1, 64, 1))
+}
+
+fn deep(recompute: bool) -> TrainSetup {
+    setup(Arc::new(Deep { blocks: 6 }), Training { recompute, ..training(1, 16, 1) })
+}
+
 #[test]
 fn full_memory_names_what_fits() {
-    let said = |bytes| refused(bytes, setup(conv(6, false), training(1, 64, 1)));
     let cases = [
         (
             4_000,
+            shallow(),
             "memory at `the optimizer's state` failed: out of GPU memory: 1536 bytes wanted, 928 bytes of 4000 bytes free; \
-             the step needs 271916 bytes by the plan, and there is room for 3600 bytes; no smaller batch fits: another model or \
-             a larger GPU is needed",
+             the step needs 257328 bytes by the plan, and there is room for 3600 bytes; no smaller batch fits: another model \
+             or a larger GPU is needed",
         ),
         (
             200_000,
-            "memory at `the activations of the student` failed: out of GPU memory: 49152 bytes wanted, 20800 bytes of 200000 \
-             bytes free; the step needs 271916 bytes by the plan, and there is room for 180000 bytes; what fits: `accumulate = \
-             4` with 160556 bytes for the same steps, or `batch_size = 41` with 179128 bytes",
+            shallow(),
+            "memory at `the activations of the student` failed: out of GPU memory: 16384 bytes wanted, 13632 bytes of 200000 \
+             bytes free; the step needs 257328 bytes by the plan, and there is room for 180000 bytes; what fits: \
+             `accumulate = 4` with 156336 bytes for the same steps, or `batch_size = 43` with 177696 bytes",
         ),
+        // By the plan it fits, but for an op's memory on the way.
         (
-            256_000,
-            "conv2d at `visual.conv` failed: out of GPU memory: 13312 bytes wanted, 554 bytes of 256000 bytes free; the step \
-             needs 271916 bytes by the plan, and there is room for 230400 bytes; what fits: `accumulate = 4` with 160556 bytes \
-             for the same steps, or `batch_size = 53` with 227520 bytes",
+            500_000,
+            deep(false),
+            "conv2d at `visual.0.conv` failed: out of GPU memory: 40960 bytes wanted, 21499 bytes of 500000 bytes free; the \
+             step needs 386416 bytes by the plan, and there is room for 450000 bytes; what fits: `recompute = true` with \
+             156784 bytes for the same steps, or `accumulate = 2` with 247888 bytes for the same steps, or `batch_size = 11` \
+             with 282296 bytes",
         ),
     ];
-    for (bytes, expected) in cases {
-        let Some(text) = said(bytes) else { return };
-        assert_eq!(text, expected);
+    for (bytes, setup, expected) in cases {
+        let Some(ran) = step(bytes, setup) else { return };
+        let e = ran.expect_err("too little memory");
+        assert!(matches!(e, TrainError::OutOfMemory { .. }), "{e}");
+        assert_eq!(e.to_string(), expected);
     }
+    // What was advised runs.
+    step(500_000, deep(true)).unwrap().unwrap();
+    step(300_000, deep(true)).unwrap().unwrap();
 }
