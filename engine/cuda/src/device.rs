@@ -61,6 +61,8 @@ pub struct Device {
     bf16: Rc<Cell<bool>>,
     /// Bytes of memory that were given out.
     held: Rc<Cell<usize>>,
+    /// Whether an executor's values are ranges of one memory.
+    one_arena: bool,
     pub(crate) weights: Rc<RefCell<Weights>>,
 }
 
@@ -75,6 +77,8 @@ impl Device {
             retired: Rc::default(),
             bf16: Rc::default(),
             held: Rc::default(),
+            // In tests each value lies in memory of its own, whose end is guarded.
+            one_arena: !cfg!(feature = "shim"),
             weights: Rc::default(),
         }
     }
@@ -96,13 +100,23 @@ impl Device {
         Ok(Device::from_driver(Rc::new(crate::driver::shim::Shim::from_env()?)))
     }
 
-    /// The same with `total` bytes of memory.
+    /// The same device with an executor's values as ranges of one memory, as on a GPU.
+    #[cfg(feature = "shim")]
+    pub fn in_one_arena(self) -> Self {
+        Device { one_arena: true, ..self }
+    }
+
+    /// The CPU as [`shim`](Self::shim) with `total` bytes of memory.
     ///
     /// # Errors
     /// As [`shim`](Self::shim).
     #[cfg(feature = "shim")]
     pub fn shim_of(total: usize) -> Result<Self, CudaError> {
         Ok(Device::from_driver(Rc::new(crate::driver::shim::Shim::from_env_of(total)?)))
+    }
+
+    pub(crate) fn one_arena(&self) -> bool {
+        self.one_arena
     }
 
     /// What it is, for messages.

@@ -146,7 +146,10 @@ impl<B: Backend> Executor<B> {
             }
             bound.push(index);
         }
-        let slots = backend.allocate(&plan.slots)?;
+        let slots = match plan.ranges() {
+            Some(ranges) => backend.allocate_ranges(plan.bytes(), &ranges)?,
+            None => backend.allocate(&plan.slots)?,
+        };
         let moved = plan.moved.iter().copied().collect();
         let started = vec![false; graph.dag.node_count()];
         Ok(Executor {

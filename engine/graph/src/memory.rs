@@ -35,6 +35,8 @@ pub type Slot = usize;
 pub struct MemoryPlan {
     /// Size of each slot in bytes.
     pub slots: Vec<usize>,
+    /// Where each slot begins, where [slots overlap](Layout::overlaps): then every tensor has one of its own.
+    pub starts: Option<Vec<usize>>,
     /// Slot of each op's value.
     pub values: HashMap<ValueId, Slot>,
     /// Slots of the tensors that an op saves.
@@ -84,6 +86,7 @@ impl MemoryPlan {
         let (lives, moved) = lifetimes(graph, mode, layout, schedule);
         let mut plan = MemoryPlan {
             slots: Vec::new(),
+            starts: None,
             values: HashMap::new(),
             saved: HashMap::new(),
             grads: HashMap::new(),
@@ -92,7 +95,7 @@ impl MemoryPlan {
             tasks: if mode.trains() { schedule.tasks.clone() } else { Vec::new() },
             moved: moved.iter().map(|m| (m.add, m.argument)).collect(),
         };
-        plan.assign(lives);
+        plan.assign(lives, layout.overlaps());
         // A moved gradient lives in the slot that it was moved from; the latest addition's comes first.
         for m in moved.iter().rev() {
             if let Some(&slot) = plan.grads.get(&m.add) {
@@ -102,13 +105,19 @@ impl MemoryPlan {
         plan
     }
 
-    /// Gives each tensor a slot, by whichever of two ways needs less.
-    fn assign(&mut self, mut lives: Vec<Life>) {
+    /// Gives each tensor a slot: a range of one memory, or a whole one by whichever of two ways needs less.
+    fn assign(&mut self, mut lives: Vec<Life>, overlaps: bool) {
         lives.sort_by_key(|l| (l.from, std::cmp::Reverse(l.len), l.what));
-        let (in_time, by_size) = (assign_in_time(&lives), assign_by_size(&lives));
-        let bytes = |found: &(Vec<usize>, Vec<Slot>)| found.0.iter().sum::<usize>();
-        let (slots, of) = if bytes(&by_size) < bytes(&in_time) { by_size } else { in_time };
-        self.slots = slots;
+        let of: Vec<Slot>;
+        if overlaps {
+            self.starts = Some(starts_by_size(&lives));
+            self.slots = lives.iter().map(|l| l.len).collect();
+            of = (0..lives.len()).collect();
+        } else {
+            let (in_time, by_size) = (assign_in_time(&lives), assign_by_size(&lives));
+            let bytes = |found: &(Vec<usize>, Vec<Slot>)| found.0.iter().sum::<usize>();
+            (self.slots, of) = if bytes(&by_size) < bytes(&in_time) { by_size } else { in_time };
+        }
         for (life, slot) in lives.into_iter().zip(of) {
             match life.what {
                 What::Value(v) => drop(self.values.insert(v, slot)),
@@ -129,7 +138,15 @@ impl MemoryPlan {
     /// Bytes of all slots: activations, saved tensors and gradients of activations. Parameters, their gradients and
     /// the optimiser's state come on top.
     pub fn bytes(&self) -> usize {
-        self.slots.iter().sum::<usize>()
+        match &self.starts {
+            Some(starts) => starts.iter().zip(&self.slots).map(|(start, len)| start + len).max().unwrap_or(0),
+            None => self.slots.iter().sum(),
+        }
+    }
+
+    /// The slots as ranges of one memory, start and size, where they are that.
+    pub fn ranges(&self) -> Option<Vec<(usize, usize)>> {
+        Some(self.starts.as_ref()?.iter().copied().zip(self.slots.iter().copied()).collect())
     }
 
     /// The slot of a value's memory: in the walk forward, or (`late`) backward.
@@ -207,6 +224,37 @@ fn assign_by_size(lives: &[Life]) -> (Vec<usize>, Vec<Slot>) {
         of[i] = slot;
     }
     (slots, of)
+}
+
+/// Bytes that ranges start at multiples of.
+const ALIGN: usize = 256;
+
+/// Starts of ranges of one memory, from the longest tensor to the shortest (Pisarchyk & Lee 2020, greedy by size for
+/// offsets): each takes the smallest gap between the ranges of its time, or the end of them.
+fn starts_by_size(lives: &[Life]) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..lives.len()).collect();
+    order.sort_by_key(|&i| std::cmp::Reverse(lives[i].len));
+    let mut starts = vec![0; lives.len()];
+    // In the order of their starts.
+    let mut placed: Vec<usize> = Vec::new();
+    for i in order {
+        let (life, len) = (&lives[i], lives[i].len.next_multiple_of(ALIGN));
+        let (mut end, mut gap) = (0, None);
+        for &other in &placed {
+            if lives[other].to < life.from || life.to < lives[other].from {
+                continue;
+            }
+            let start = starts[other];
+            if start >= end + len && gap.is_none_or(|(size, _)| start - end < size) {
+                gap = Some((start - end, end));
+            }
+            end = end.max(start + lives[other].len.next_multiple_of(ALIGN));
+        }
+        starts[i] = gap.map_or(end, |(_, start)| start);
+        let at = placed.partition_point(|&other| starts[other] < starts[i]);
+        placed.insert(at, i);
+    }
+    starts
 }
 
 struct Move {
@@ -376,22 +424,42 @@ mod tests {
         Ok(())
     }
 
-    /// Tensors that live at one time have different slots, as long as they are.
+    /// A layout whose slots may overlap.
+    struct Ranges;
+
+    impl Layout for Ranges {
+        fn overlaps(&self) -> bool {
+            true
+        }
+    }
+
+    /// Tensors that live at one time have different slots, or ranges that don't meet, as long as they are.
     fn apart(graph: &StepGraph, mode: Mode, schedule: &Schedule) {
-        let plan = MemoryPlan::scheduled(graph, mode, &Plain, schedule);
         let (lives, _) = lifetimes(graph, mode, &Plain, schedule);
-        let slot = |what: &What| match *what {
+        let [plan, ranges] = [
+            MemoryPlan::scheduled(graph, mode, &Plain, schedule),
+            MemoryPlan::scheduled(graph, mode, &Ranges, schedule),
+        ];
+        let slot = |plan: &MemoryPlan, what: &What| match *what {
             What::Value(v) => plan.values[&v],
             What::Grad(v) => plan.grads[&v],
             What::Saved(v, i) => plan.saved[&v][i],
             What::ValueAgain(v) => plan.values_again[&v],
             What::SavedAgain(v, i) => plan.saved_again[&v][i],
         };
+        let range = |life: &Life| {
+            let (start, len) = ranges.ranges().unwrap()[slot(&ranges, &life.what)];
+            assert!(start.is_multiple_of(ALIGN) && len >= life.len);
+            start..start + len
+        };
         for (i, a) in lives.iter().enumerate() {
-            assert!(plan.slots[slot(&a.what)] >= a.len);
+            assert!(plan.slots[slot(&plan, &a.what)] >= a.len);
             for b in &lives[..i] {
-                let apart = a.to < b.from || b.to < a.from;
-                assert!(apart || slot(&a.what) != slot(&b.what));
+                if a.to < b.from || b.to < a.from {
+                    continue;
+                }
+                assert!(slot(&plan, &a.what) != slot(&plan, &b.what));
+                assert!(range(a).end <= range(b).start || range(b).end <= range(a).start);
             }
         }
     }

@@ -69,6 +69,11 @@ fn deep(accumulate: usize, recompute: bool, compute: &Compute) -> TrainSetup {
 fn the_bits_are_those_of_activations_that_are_kept() {
     let mut computes = vec![Compute::default(), Compute::Cpu(Kernels::Reference)];
     computes.extend(device());
+    #[cfg(feature = "shim")]
+    if let Some(Compute::Cuda(device)) = device() {
+        // Values as ranges of one memory that overlap where their lives don't meet.
+        computes.push(Compute::Cuda(device.in_one_arena()));
+    }
     for compute in &computes {
         for (accumulate, precision) in
             [(1, mcpipe_spec::Precision::F32), (2, mcpipe_spec::Precision::F32), (1, mcpipe_spec::Precision::Bf16)]
