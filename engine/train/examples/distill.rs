@@ -124,6 +124,7 @@ fn main() -> Result<(), Failure> {
             steps,
             batch_size,
             accumulate: 1,
+            recompute: false,
             precision,
             clip_norm: Some(1.0),
             log_every: 1000,

@@ -13,6 +13,7 @@ use super::blas::{Blas, WORKSPACE};
 use super::compile::machine_code;
 use super::dnn::Dnn;
 use super::{ConvPass, Driver, Product, TensorMap};
+use crate::doctor;
 use crate::error::CudaError;
 use crate::launch::{Arguments, Kernel, Shape};
 use crate::library::{self, Library};
@@ -160,23 +161,7 @@ impl Gpu {
     /// # Errors
     /// [`CudaError::Unavailable`] where it can't be used.
     pub(crate) fn open(index: usize) -> Result<Self, CudaError> {
-        let list = gpus()?;
-        let Some(info) = list.get(index) else {
-            let names: Vec<String> = list.iter().map(|g| format!("{} ({})", g.index, g.name)).collect();
-            return Err(CudaError::Unavailable(format!("there is no GPU {index}; there is {}", names.join(", "))));
-        };
-        if info.capability < LEAST_CAPABILITY {
-            let (have, need) = (info.capability, LEAST_CAPABILITY);
-            return Err(CudaError::Unavailable(format!(
-                "GPU {index} ({}) has compute capability {}.{}, but {}.{} is needed (Ampere: A100, RTX 30 and newer)",
-                info.name,
-                have / 10,
-                have % 10,
-                need / 10,
-                need % 10
-            )));
-        }
-        library::load(Library::CublasLt)?;
+        let info = doctor::usable(index)?;
         super::compile::prepare(info.capability)?;
         let device = cuda::device::get(index as i32).map_err(|e| failed("cuDeviceGet", e))?;
         // SAFETY: the device came from the driver; the context is released when this is dropped.

@@ -76,12 +76,17 @@ fn layout(bytes: usize) -> Layout {
 impl Shim {
     /// With the library that `MCPIPE_SHIM` names.
     pub(crate) fn from_env() -> Result<Self, CudaError> {
+        let total = std::env::var("MCPIPE_SHIM_MEMORY").ok().and_then(|s| s.parse().ok()).unwrap_or(TOTAL);
+        Shim::from_env_of(total)
+    }
+
+    /// The same as a device of `total` bytes.
+    pub(crate) fn from_env_of(total: usize) -> Result<Self, CudaError> {
         let Some(path) = std::env::var_os("MCPIPE_SHIM") else {
             let text =
                 "MCPIPE_SHIM names no library of kernels: `tests/kernels/run shim` builds one and prints its path";
             return Err(CudaError::Unavailable(text.into()));
         };
-        let total = std::env::var("MCPIPE_SHIM_MEMORY").ok().and_then(|s| s.parse().ok()).unwrap_or(TOTAL);
         Shim::open(Path::new(&path), total)
     }
 
