@@ -448,7 +448,7 @@ mod tests {
             What::SavedAgain(v, i) => plan.saved_again[&v][i],
         };
         let range = |life: &Life| {
-            let (start, len) = ranges.ranges().unwrap()[slot(&ranges, &life.what)];
+            let (start, len) = ranges.ranges().expect("ranges")[slot(&ranges, &life.what)];
             assert!(start.is_multiple_of(ALIGN) && len >= life.len);
             start..start + len
         };

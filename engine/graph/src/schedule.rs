@@ -52,7 +52,7 @@ impl Schedule {
         let mut tasks = Vec::new();
         let mut end = n;
         for &start in cuts.iter().rev().chain([&0]) {
-            let ids = || (start..end).map(|i| ValueId::new(i));
+            let ids = || (start..end).map(ValueId::new);
             tasks.extend(ids().filter(|id| again[id.index()]).map(Task::Again));
             tasks.extend(ids().rev().map(Task::Back));
             end = start;

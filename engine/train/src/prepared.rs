@@ -168,10 +168,10 @@ impl<B: Backend> Step<B> {
         towers.extend(&mut self.first);
         towers.extend(self.teachers.iter_mut().filter_map(|r| r.tower.as_mut()));
         self.inputs.upload(host, &mut towers)?;
-        if !self.graphs.text_in_tower {
-            if let Some(input) = self.loss.graph().input(TEXT) {
-                self.loss.upload(&input, &self.features)?;
-            }
+        if !self.graphs.text_in_tower
+            && let Some(input) = self.loss.graph().input(TEXT)
+        {
+            self.loss.upload(&input, &self.features)?;
         }
         for (name, values) in &losses {
             upload(&mut self.loss, name, values)?;
