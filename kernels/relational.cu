@@ -166,7 +166,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   int half = warp >> 2, quarter = warp & 3;
   float* columns = col_parts + (i64)(2 * tile + half) * (1 + 2 * K) * p.col_stride;
   Statistics<4, 4, float> s = {p, targets, lane, walk.row0 + half * 64, load(scale, 0) * LOG2E, dots != nullptr,
-                               held + quarter * ROWS + half * 64, 4 * ROWS, columns, 0.0f, 0.0f};
+                               held + quarter * ROWS + half * 64, 4 * ROWS, {columns, p, lane}, 0.0f, 0.0f};
   __syncthreads();
   for (int j = first; j < last; j++) {
     int col0 = j * 128 + quarter * 32;

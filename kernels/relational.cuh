@@ -14,6 +14,8 @@ constexpr int MOST_TEACHERS = 11;
 constexpr int MOST_SETS = 1 + MOST_TEACHERS;
 constexpr float LOG2E = 1.44269504f;
 constexpr double LOG2E_WIDE = 1.4426950408889634;
+// Below it a number is 0 to ex2 and lg2.
+constexpr float LEAST_NORMAL = 1.17549435e-38f;
 constexpr double LN2 = 0.6931471805599453;
 // Rows that share a column partial.
 constexpr int BLOCK_ROWS = 64;
@@ -59,8 +61,9 @@ __device__ __forceinline__ float lg2(float x) {
   return y;
 }
 #else
-static inline float ex2(float x) { return exp2f(x); }
-static inline float lg2(float x) { return log2f(x); }
+static inline float flushed(float x) { return fabsf(x) < LEAST_NORMAL ? 0.0f : x; }
+static inline float ex2(float x) { return flushed(exp2f(flushed(x))); }
+static inline float lg2(float x) { return log2f(flushed(x)); }
 #endif
 __device__ __forceinline__ float log2_of(float x) { return lg2(x); }
 __device__ __forceinline__ double log2_of(double x) { return log2(x); }
@@ -227,7 +230,7 @@ __device__ __forceinline__ void line_sums(const Real (&x)[MF][NF][4], Y y, int l
   Lines::select(top, lane);
   if constexpr (AVERAGE) Lines::reduce(weighted, lane, Sum());
 #pragma unroll
-  for (int i = 0; i < Lines::OWN; i++) out[i] = {top[i], sum[i], weighted[i]};
+  for (int i = 0; i < Lines::OWN; i++) out[i] = {sum[i] == Real(0) ? -(Real)INFINITY : top[i], sum[i], weighted[i]};
 }
 
 // Both directions at once, with one exponential an element: x must be in range for sums without a reference.

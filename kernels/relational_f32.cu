@@ -70,7 +70,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   int row = row0 + tile * SIDE;
   double* columns = col_parts + (i64)tile * (1 + 2 * K) * p.col_stride;
   Statistics<4, 1, double> s = {p, targets, lane, row, (double)load(scale, 0) * LOG2E_WIDE, dots != nullptr,
-                                held + warp * SIDE, 8 * SIDE, columns, 0.0, 0.0};
+                                held + warp * SIDE, 8 * SIDE, {columns, p, lane}, 0.0, 0.0};
   for (int j = first; j < last; j++) {
     double x[4][1][4], y[4][1][4];
     multiply(sides, p, 0, row, j * SIDE, left, right, x);

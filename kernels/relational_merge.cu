@@ -39,39 +39,54 @@ extern "C" __global__ void __launch_bounds__(128) relational_spans(const int* gr
                                   max(max(most[0], most[1]), max(most[2], most[3])));
 }
 
+// Warps that share the partials of a row or column.
+constexpr int MERGERS = 8;
+
 // Running log-sum and average of partials.
 struct Merged {
   double top, sum, weighted;
 
-  __device__ __forceinline__ void add(double log_sum, double average) {
-    if (log_sum == -(double)INFINITY) return;
+  __device__ __forceinline__ void add(const Merged& p) {
+    if (p.top == -(double)INFINITY) return;
     // A NaN is no larger than anything, and stays in the sums.
-    double high = log_sum > top ? log_sum : top;
-    double mine = top == -(double)INFINITY ? 0.0 : ex2((float)(top - high)), w = ex2((float)(log_sum - high));
-    sum = sum * mine + w, weighted = weighted * mine + w * average, top = high;
+    double high = p.top > top ? p.top : top;
+    double mine = top == -(double)INFINITY ? 0.0 : ex2((float)(top - high)), w = ex2((float)(p.top - high));
+    sum = sum * mine + w * p.sum, weighted = weighted * mine + w * p.weighted, top = high;
   }
   __device__ __forceinline__ double log_sum() const { return top == -(double)INFINITY && sum == sum ? top : top + log2(sum); }
   __device__ __forceinline__ double average() const { return sum == 0.0 ? 0.0 : weighted / sum; }
 };
 
-// Merges `count` partials [1 + 2K][stride] of each of n rows or columns into statistics, at `teacher` and on of
-// their K_all; S's too if `student`. Adds to what is there unless `fresh`.
+// Merges `count` partials [1 + 2K][stride] of the row or column i of n into statistics, at `teacher` and on of their K_all;
+// S's too if `student`. Adds to what is there unless `fresh`. Each warp of the block takes every eighth partial of the same
+// 32 rows or columns; `room` holds what they found.
 template <class Real>
 __device__ __forceinline__ void merge(const Real* parts, int count, i64 stride, int teachers, float* state, i64 state_stride,
-                                      int teacher, int all, bool student, bool fresh, i64 i) {
+                                      int teacher, int all, bool student, bool fresh, i64 i, i64 n,
+                                      Merged (&room)[MERGERS][32]) {
   i64 part = (1 + 2 * teachers) * stride;
+  int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   for (int q = student ? 0 : 1; q <= teachers; q++) {
     Merged m = {-(double)INFINITY, 0.0, 0.0};
-    // Places among the quantities: log-sum, average.
-    float* to = state + 2 * (q == 0 ? 0 : teacher + q) * state_stride;
-    float* mean = state + 2 * (all + teacher + q) * state_stride;
-    if (!fresh) m.add(load_wide(to, state_stride), q == 0 ? 0.0 : load_wide(mean, state_stride));
-    for (int b = 0; b < count; b++) {
-      const Real* from = parts + b * part + i;
-      m.add(from[q * stride], q == 0 ? 0.0 : (double)from[(teachers + q) * stride]);
+    if (i < n) {
+#pragma unroll 4
+      for (int b = warp; b < count; b += MERGERS) {
+        const Real* from = parts + b * part + i;
+        m.add({(double)from[q * stride], 1.0, q == 0 ? 0.0 : (double)from[(teachers + q) * stride]});
+      }
     }
-    store_wide(to, state_stride, m.log_sum());
-    if (q > 0) store_wide(mean, state_stride, m.average());
+    room[warp][lane] = m;
+    __syncthreads();
+    if (warp == 0 && i < n) {
+      // Places among the quantities: log-sum, average.
+      float* to = state + 2 * (q == 0 ? 0 : teacher + q) * state_stride;
+      float* mean = state + 2 * (all + teacher + q) * state_stride;
+      if (!fresh) m = {load_wide(to, state_stride), 1.0, q == 0 ? 0.0 : load_wide(mean, state_stride)};
+      for (int w = fresh ? 1 : 0; w < MERGERS; w++) m.add(room[w][lane]);
+      store_wide(to, state_stride, m.log_sum());
+      if (q > 0) store_wide(mean, state_stride, m.average());
+    }
+    __syncthreads();
   }
 }
 
@@ -93,26 +108,27 @@ extern "C" __global__ void __launch_bounds__(256)
     }
     return;
   }
+  __shared__ Merged found[MERGERS][32];
   bool student = teacher == 0;
-  int all = p.all_teachers;
+  int all = p.all_teachers, lane = threadIdx.x & 31;
   if ((int)blockIdx.x < col_blocks) {
-    i64 j = (i64)blockIdx.x * blockDim.x + threadIdx.x;
-    if (j >= p.cols) return;
+    i64 j = (i64)blockIdx.x * 32 + lane;
     if (wide) {
       merge((const double*)col_parts, col_count, p.col_stride, p.teachers, col_state + j, p.col_stride, teacher, all, student,
-            fresh, j);
+            fresh, j, p.cols, found);
     } else {
       merge((const float*)col_parts, col_count, p.col_stride, p.teachers, col_state + j, p.col_stride, teacher, all, student,
-            fresh, j);
+            fresh, j, p.cols, found);
     }
   } else {
-    i64 i = (i64)(blockIdx.x - col_blocks) * blockDim.x + threadIdx.x;
-    if (i >= strip_rows || row0 + i >= p.rows) return;
+    i64 i = (i64)(blockIdx.x - col_blocks) * 32 + lane, n = min(strip_rows, p.rows - row0);
     float* state = row_state + row0 + i;
     if (wide) {
-      merge((const double*)row_parts, row_count, strip_rows, p.teachers, state, p.row_stride, teacher, all, student, true, i);
+      merge((const double*)row_parts, row_count, strip_rows, p.teachers, state, p.row_stride, teacher, all, student, true, i, n,
+            found);
     } else {
-      merge((const float*)row_parts, row_count, strip_rows, p.teachers, state, p.row_stride, teacher, all, student, true, i);
+      merge((const float*)row_parts, row_count, strip_rows, p.teachers, state, p.row_stride, teacher, all, student, true, i, n,
+            found);
     }
   }
 }
@@ -126,7 +142,8 @@ extern "C" __global__ void __launch_bounds__(256)
     Merged m = {-(double)INFINITY, 0.0, 0.0};
     for (int r = 0; r < ranks; r++) {
       const float* one = from + r * (1 + 2 * p.teachers) * 2 * stride + j;
-      m.add(load_wide(one + 2 * q * stride, stride), q == 0 ? 0.0 : load_wide(one + 2 * (p.teachers + q) * stride, stride));
+      m.add({load_wide(one + 2 * q * stride, stride), 1.0,
+             q == 0 ? 0.0 : load_wide(one + 2 * (p.teachers + q) * stride, stride)});
     }
     store_wide(to + 2 * q * stride + j, stride, m.log_sum());
     if (q > 0) store_wide(to + 2 * (p.teachers + q) * stride + j, stride, m.average());
@@ -135,7 +152,7 @@ extern "C" __global__ void __launch_bounds__(256)
 
 // Σ over the rows held and the columns of the same numbers of what the losses are made of; CE and KD to `out`. Writes the
 // mean log-sum of S and of each T over the rows held to scalars[4 + q], a reference for `relational_factors`. One block.
-extern "C" __global__ void __launch_bounds__(512)
+extern "C" __global__ void __launch_bounds__(1024)
     relational_finish(const __grid_constant__ Problem p, const float* row_state, const float* col_state, float* scalars,
                       const double* entropies, int entropy_count, View out) {
   __shared__ double room[32];
@@ -144,6 +161,7 @@ extern "C" __global__ void __launch_bounds__(512)
   for (int side = 0; side < 2; side++) {
     const float* state = side == 0 ? row_state : col_state + p.first_row;
     i64 stride = side == 0 ? p.row_stride : p.col_stride;
+#pragma unroll 4
     for (int i = threadIdx.x; i < p.rows; i += blockDim.x) {
       double log_sum = load_wide(state + i, stride), mean = 0.0;
       for (int k = 1; k <= K; k++) {

@@ -5,8 +5,29 @@
 
 // ---- forward: statistics -------------------------------------------------------------------------------------------
 
+// Where a column's statistics over some rows go: `columns`, [quantity][col_stride].
+template <class Real>
+__device__ __forceinline__ void write_column(Real* columns, const Problem& p, int set, i64 j, const Part<Real>& part) {
+  columns[set * (i64)p.col_stride + j] = part.log_sum();
+  if (set > 0) columns[(p.teachers + set) * (i64)p.col_stride + j] = part.average();
+}
+
+// Of the warp's rows, each by itself: what `Statistics` does with columns where a warp has all rows of a partial.
+template <int NF, class Real> struct WarpColumns {
+  Real* columns;
+  const Problem& p;
+  int lane;
+
+  __device__ __forceinline__ void keep(int set, const Part<Real> (&cols)[Columns<NF>::OWN], int col0) const {
+    if (!Columns<NF>::mine(lane)) return;
+#pragma unroll
+    for (int i = 0; i < Columns<NF>::OWN; i++)
+      write_column(columns, p, set, col0 + Columns<NF>::place(Columns<NF>::first(lane) + i, lane), cols[i]);
+  }
+};
+
 // A warp's share of a block that walks along columns for fixed rows.
-template <int MF, int NF, class Real> struct Statistics {
+template <int MF, int NF, class Real, class Kept = WarpColumns<NF, Real>> struct Statistics {
   using Tile = Real[MF][NF][4];
 
   const Problem& p;
@@ -17,7 +38,7 @@ template <int MF, int NF, class Real> struct Statistics {
   bool dots;         // whether to sum targets times logits
   Part<Real>* room;  // [set][...][rows]: the warp's rows, running
   int room_stride;   // from one set to the next
-  Real* columns;     // [quantity][col_stride]: the partials of the warp's rows
+  Kept columns;      // what becomes of the columns
   Real dot_row, dot_col;
 
   __device__ __forceinline__ void keep_rows(int set, const Part<Real> (&rows)[Rows<MF>::OWN]) {
@@ -28,16 +49,6 @@ template <int MF, int NF, class Real> struct Statistics {
       Part<Real> held = *at;
       held.add(rows[i]);
       *at = held;
-    }
-  }
-
-  __device__ __forceinline__ void keep_columns(int set, const Part<Real> (&cols)[Columns<NF>::OWN], int col0) {
-    if (!Columns<NF>::mine(lane)) return;
-#pragma unroll
-    for (int i = 0; i < Columns<NF>::OWN; i++) {
-      i64 j = col0 + Columns<NF>::place(Columns<NF>::first(lane) + i, lane);
-      columns[(i64)set * p.col_stride + j] = cols[i].log_sum();
-      if (set > 0) columns[(i64)(p.teachers + set) * p.col_stride + j] = cols[i].average();
     }
   }
 
@@ -52,7 +63,7 @@ template <int MF, int NF, class Real> struct Statistics {
       keep_rows(set, rows);
       line_sums<AVERAGE, Columns<NF>, MF, NF>(x, y, lane, cols);
     }
-    keep_columns(set, cols, col0);
+    columns.keep(set, cols, col0);
   }
 
   // Whether plain sums do: no element out of the problem or out of range.
@@ -273,8 +284,8 @@ __device__ __forceinline__ float mean_entropy(const Problem& p, int lane, int ro
         bool inside = row0 + Rows<MF>::place(2 * m + e / 2, lane) < p.rows &&
                       col0 + Columns<NF>::place(2 * n + e % 2, lane) < p.cols;
         float a = share * by_row[m][n][e], b = share * by_col[m][n][e];
-        if (inside && a != 0.0f) sum += a * lg2(a);
-        if (inside && b != 0.0f) sum += b * lg2(b);
+        if (inside && !(a < LEAST_NORMAL)) sum += a * lg2(a);
+        if (inside && !(b < LEAST_NORMAL)) sum += b * lg2(b);
       }
   return sum;
 }

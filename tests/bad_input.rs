@@ -36,8 +36,8 @@ unknown-key
     :      `-- did you mean `batch_size`?
  42 | log_every = 1
     `----
-  help: keys of `[training]`: `steps`, `batch_size`, `accumulate`, `precision`, `clip_norm`, `log_every`,
-        `checkpoint`, `non_finite`
+  help: keys of `[training]`: `steps`, `batch_size`, `accumulate`, `recompute`, `precision`, `clip_norm`,
+        `log_every`, `checkpoint`, `non_finite`
 
 1 error
 

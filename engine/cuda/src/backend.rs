@@ -133,6 +133,10 @@ impl Layout for DeviceLayout {
         }
     }
 
+    fn overlaps(&self) -> bool {
+        true
+    }
+
     fn needs(&self, op: &Op) -> Needs {
         match op {
             // The sum over a row of P∘dP is that of O∘dO.
@@ -156,6 +160,10 @@ impl Layout for DeviceLayout {
 impl Layout for Cuda {
     fn dtype(&self, graph: &StepGraph, id: ValueId) -> Dtype {
         self.layout().dtype(graph, id)
+    }
+
+    fn overlaps(&self) -> bool {
+        self.device.one_arena()
     }
 
     fn needs(&self, op: &Op) -> Needs {
@@ -185,22 +193,24 @@ impl Backend for Cuda {
     }
 
     fn allocate(&mut self, bytes: &[usize]) -> Result<Vec<Buffer>, BackendError> {
-        let refused =
-            |e: CudaError| BackendError { op: "memory", label: "the step's arena".into(), reason: e.to_string() };
-        if cfg!(feature = "shim") {
+        if !self.device.one_arena() {
             // Each in memory of its own, so that its end is guarded.
             let alone = |&b: &usize| Ok(Buffer::new(self.device.alloc(b)?).slice(0, b));
             return bytes.iter().map(alone).collect::<Result<_, _>>().map_err(refused);
         }
-        let total = bytes.iter().map(|b| b.next_multiple_of(ALIGN)).sum();
-        let memory = self.device.alloc(total).map_err(refused)?;
-        let (arena, mut start) = (Buffer::new(memory), 0);
-        let slice = |&b: &usize| {
-            let at = start;
-            start += b.next_multiple_of(ALIGN);
-            arena.slice(at, b)
+        let mut total = 0;
+        let range = |&b: &usize| {
+            let start = total;
+            total += b.next_multiple_of(ALIGN);
+            (start, b)
         };
-        Ok(bytes.iter().map(slice).collect())
+        let ranges: Vec<(usize, usize)> = bytes.iter().map(range).collect();
+        self.allocate_ranges(total, &ranges)
+    }
+
+    fn allocate_ranges(&mut self, total: usize, ranges: &[(usize, usize)]) -> Result<Vec<Buffer>, BackendError> {
+        let arena = Buffer::new(self.device.alloc(total).map_err(refused)?);
+        Ok(ranges.iter().map(|&(start, size)| arena.slice(start, size)).collect())
     }
 
     fn settle(&self) {
@@ -305,6 +315,11 @@ impl Backend for Cuda {
         self.device.release_scratch();
         self.note(ran);
     }
+}
+
+/// Memory that the device does not have.
+fn refused(e: CudaError) -> BackendError {
+    BackendError { op: "memory", label: "the step's arena".into(), reason: e.to_string() }
 }
 
 /// Bytes that slots of an arena start at multiples of.

@@ -6,7 +6,7 @@ use std::rc::{Rc, Weak};
 use mcpipe_cpu::conv::Conv2d;
 
 use crate::driver::gpu::Gpu;
-use crate::driver::{ConvPass, Driver, Product};
+use crate::driver::{ConvPass, Driver, Product, TensorMap};
 use crate::error::CudaError;
 use crate::launch::{Arguments, Kernel, Shape};
 use crate::ops::dense::Weights;
@@ -19,6 +19,7 @@ pub struct Memory {
     address: Address,
     bytes: usize,
     weights: Weak<RefCell<Weights>>,
+    held: Rc<Cell<usize>>,
 }
 
 impl Memory {
@@ -42,6 +43,7 @@ impl Drop for Memory {
         {
             weights.forget(View::new(self.address, self.bytes, Element::U8));
         }
+        self.held.set(self.held.get() - self.bytes);
         self.driver.free(self.address);
     }
 }
@@ -57,6 +59,10 @@ pub struct Device {
     recorded: Rc<Cell<bool>>,
     retired: Rc<RefCell<Vec<Memory>>>,
     bf16: Rc<Cell<bool>>,
+    /// Bytes of memory that were given out.
+    held: Rc<Cell<usize>>,
+    /// Whether an executor's values are ranges of one memory.
+    one_arena: bool,
     pub(crate) weights: Rc<RefCell<Weights>>,
 }
 
@@ -70,6 +76,9 @@ impl Device {
             recorded: Rc::default(),
             retired: Rc::default(),
             bf16: Rc::default(),
+            held: Rc::default(),
+            // In tests each value lies in memory of its own, whose end is guarded.
+            one_arena: !cfg!(feature = "shim"),
             weights: Rc::default(),
         }
     }
@@ -89,6 +98,25 @@ impl Device {
     #[cfg(feature = "shim")]
     pub fn shim() -> Result<Self, CudaError> {
         Ok(Device::from_driver(Rc::new(crate::driver::shim::Shim::from_env()?)))
+    }
+
+    /// The same device with an executor's values as ranges of one memory, as on a GPU.
+    #[cfg(feature = "shim")]
+    pub fn in_one_arena(self) -> Self {
+        Device { one_arena: true, ..self }
+    }
+
+    /// The CPU as [`shim`](Self::shim) with `total` bytes of memory.
+    ///
+    /// # Errors
+    /// As [`shim`](Self::shim).
+    #[cfg(feature = "shim")]
+    pub fn shim_of(total: usize) -> Result<Self, CudaError> {
+        Ok(Device::from_driver(Rc::new(crate::driver::shim::Shim::from_env_of(total)?)))
+    }
+
+    pub(crate) fn one_arena(&self) -> bool {
+        self.one_arena
     }
 
     /// What it is, for messages.
@@ -111,6 +139,11 @@ impl Device {
         self.driver.memory()
     }
 
+    /// Bytes that are free or held by this device's user: what others don't have.
+    pub fn room(&self) -> usize {
+        self.memory().0 + self.held.get()
+    }
+
     /// Memory of `bytes` (at least one), 256-byte aligned, holding anything.
     ///
     /// # Errors
@@ -119,7 +152,9 @@ impl Device {
         // In tests exactly as much: what lies behind is guarded.
         let bytes = if cfg!(feature = "shim") { bytes.max(1) } else { bytes.max(1).next_multiple_of(256) };
         let address = self.driver.alloc(bytes)?;
-        Ok(Memory { driver: Rc::clone(&self.driver), address, bytes, weights: Rc::downgrade(&self.weights) })
+        self.held.set(self.held.get() + bytes);
+        let (driver, held) = (Rc::clone(&self.driver), Rc::clone(&self.held));
+        Ok(Memory { driver, address, bytes, weights: Rc::downgrade(&self.weights), held })
     }
 
     /// Memory for one op's run, holding anything. Each call within an op gives other memory; the op's end gives all of
@@ -229,6 +264,16 @@ impl Device {
             return Ok(());
         }
         self.driver.launch(kernel, shape, arguments)
+    }
+
+    pub(crate) fn tensor_map(
+        &self,
+        of: View,
+        dims: [usize; 2],
+        ld: usize,
+        high: usize,
+    ) -> Result<TensorMap, CudaError> {
+        self.driver.tensor_map(of, dims, ld, high)
     }
 
     /// `d [m, n] = a [m, k] · b [n, k]ᵀ`, row-major and contiguous; `a` and `b` of one type.

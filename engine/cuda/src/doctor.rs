@@ -20,26 +20,79 @@ pub struct Finding {
     pub text: String,
 }
 
+/// What is asked of a machine. Tests answer for machines of any kind.
+trait Machine {
+    /// Loads a library and says where it is.
+    fn load(&self, library: Library) -> Result<Place, CudaError>;
+    /// The GPUs that the driver sees.
+    fn gpus(&self) -> Result<Vec<GpuInfo>, CudaError>;
+    /// The newest CUDA version that the driver runs: 13000 is 13.0.
+    fn driver_version(&self) -> i32;
+}
+
+/// The machine that this runs on.
+struct Here;
+
+impl Machine for Here {
+    fn load(&self, library: Library) -> Result<Place, CudaError> {
+        library::load(library)
+    }
+
+    fn gpus(&self) -> Result<Vec<GpuInfo>, CudaError> {
+        gpus()
+    }
+
+    fn driver_version(&self) -> i32 {
+        driver_version()
+    }
+}
+
 /// GPU number `index`, where it and all that is required are there. Quick: starts and compiles nothing.
 ///
 /// # Errors
 /// [`CudaError::Unavailable`]: what is missing first.
 pub fn usable(index: usize) -> Result<GpuInfo, CudaError> {
-    library::load(Library::Driver)?;
-    let list = gpus()?;
+    usable_on(&Here, index)
+}
+
+fn usable_on(machine: &impl Machine, index: usize) -> Result<GpuInfo, CudaError> {
+    machine.load(Library::Driver)?;
+    let list = machine.gpus()?;
     let Some(gpu) = list.get(index).cloned() else {
         let names: Vec<String> = list.iter().map(|g| format!("{} ({})", g.index, g.name)).collect();
         return Err(CudaError::Unavailable(format!("there is no GPU {index}; there is {}", names.join(", "))));
     };
     if gpu.capability < LEAST_CAPABILITY {
         let (have, least) = (f64::from(gpu.capability) / 10.0, f64::from(LEAST_CAPABILITY) / 10.0);
-        let text = format!("GPU {index} ({}) has compute capability {have:.1}, but {least:.1} is needed", gpu.name);
-        return Err(CudaError::Unavailable(text));
+        return Err(CudaError::Unavailable(format!(
+            "GPU {index} ({}) has compute capability {have:.1}, but {least:.1} is needed (A100, RTX 30 and newer)",
+            gpu.name
+        )));
     }
     for library in Library::ALL.into_iter().filter(|l| *l != Library::Nccl) {
-        library::load(library)?;
+        let place = machine.load(library)?;
+        if let Some(reason) = too_new(library, &place, machine.driver_version()) {
+            return Err(CudaError::Unavailable(reason));
+        }
     }
     Ok(gpu)
+}
+
+/// Why the driver can't run a library of CUDA's own, whose major version must not be above the driver's.
+fn too_new(library: Library, place: &Place, driver: i32) -> Option<String> {
+    if !matches!(library, Library::Nvrtc | Library::CublasLt) {
+        return None;
+    }
+    let (have, need) = (driver / 1000, place.major()?);
+    (have < need).then(|| {
+        format!(
+            "the driver is too old: it runs CUDA {have}.{} at most, but {} is of CUDA {need} ({place}); update the driver, or \
+             install {} of CUDA {have}",
+            driver % 1000 / 10,
+            library.name(),
+            library.name()
+        )
+    })
 }
 
 /// Looks for the driver, its GPUs and the libraries, and compiles the kernels for the first GPU (the newest known
@@ -55,7 +108,10 @@ pub fn examine() -> Vec<Finding> {
     };
     let mut capability = None;
     for library in Library::ALL {
-        let found = library::load(library).map(|place| format!("{} at {place}", version(library, &place)));
+        let found = library::load(library).and_then(|place| match too_new(library, &place, driver_version()) {
+            Some(reason) => Err(CudaError::Unavailable(reason)),
+            None => Ok(format!("{} at {place}", version(library, &place))),
+        });
         let driver = found.is_ok() && library == Library::Driver;
         let found = found.map_err(|e| {
             let text = e.to_string();
@@ -113,4 +169,98 @@ fn kernels(capability: u32) -> Result<String, String> {
     }
     let place = compile::cache_folder().map_or("not cached".into(), |f| format!("cached in {}", f.display()));
     Ok(format!("{} files compile for sm_{capability}, {place}", files.len()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A machine with one GPU.
+    struct Made {
+        missing: Option<Library>,
+        driver: i32,
+        capability: u32,
+        gpus: Result<usize, CudaError>,
+    }
+
+    impl Default for Made {
+        fn default() -> Self {
+            Made { missing: None, driver: 13000, capability: 90, gpus: Ok(1) }
+        }
+    }
+
+    impl Machine for Made {
+        fn load(&self, library: Library) -> Result<Place, CudaError> {
+            let folders = ["/usr/lib/x86_64-linux-gnu".into()];
+            match self.missing {
+                Some(missing) if missing == library => Err(library::missing(library, &[], &folders)),
+                _ => Ok(Place::Loader(library.files()[0].to_owned())),
+            }
+        }
+
+        fn gpus(&self) -> Result<Vec<GpuInfo>, CudaError> {
+            let gpu =
+                |index| GpuInfo { index, name: "NVIDIA H200".into(), capability: self.capability, memory: 1 << 37 };
+            Ok((0..self.gpus.clone()?).map(gpu).collect())
+        }
+
+        fn driver_version(&self) -> i32 {
+            self.driver
+        }
+    }
+
+    fn said(machine: &Made, index: usize) -> String {
+        match usable_on(machine, index) {
+            Ok(gpu) => gpu.name,
+            Err(CudaError::Unavailable(text)) => text,
+            Err(e) => panic!("`auto` would not go on with the CPU: {e}"),
+        }
+    }
+
+    #[test]
+    fn each_thing_that_lacks_is_told() {
+        assert_eq!(said(&Made::default(), 0), "NVIDIA H200");
+        let lacking = |library| said(&Made { missing: Some(library), ..Made::default() }, 0);
+        assert_eq!(
+            lacking(Library::Driver),
+            "CUDA driver not found: looked for libcuda.so.1 by the system's loader and in /usr/lib/x86_64-linux-gnu; \
+             install NVIDIA's driver (nvidia-smi must work), or run the container with its GPUs"
+        );
+        assert_eq!(
+            lacking(Library::Nvrtc),
+            "NVRTC not found: looked for libnvrtc.so.13 and libnvrtc.so.12 by the system's loader and in \
+             /usr/lib/x86_64-linux-gnu; install the CUDA toolkit, or `pip install nvidia-cuda-nvrtc`"
+        );
+        assert_eq!(
+            lacking(Library::CublasLt),
+            "cuBLASLt not found: looked for libcublasLt.so.13 and libcublasLt.so.12 by the system's loader and in \
+             /usr/lib/x86_64-linux-gnu; install the CUDA toolkit, or `pip install nvidia-cublas`"
+        );
+        assert_eq!(
+            lacking(Library::Cudnn),
+            "cuDNN not found: looked for libcudnn.so.9 by the system's loader and in /usr/lib/x86_64-linux-gnu; install \
+             cuDNN 9, or `pip install nvidia-cudnn-cu13`"
+        );
+        // One GPU does without.
+        assert_eq!(lacking(Library::Nccl), "NVIDIA H200");
+    }
+
+    #[test]
+    fn an_old_driver_an_old_gpu_and_a_number_too_high_are_told() {
+        assert_eq!(
+            said(&Made { driver: 12040, ..Made::default() }, 0),
+            "the driver is too old: it runs CUDA 12.4 at most, but NVRTC is of CUDA 13 (libnvrtc.so.13 (system's loader)); \
+             update the driver, or install NVRTC of CUDA 12"
+        );
+        assert_eq!(
+            said(&Made { capability: 75, ..Made::default() }, 0),
+            "GPU 0 (NVIDIA H200) has compute capability 7.5, but 8.0 is needed (A100, RTX 30 and newer)"
+        );
+        assert_eq!(
+            said(&Made { gpus: Ok(2), ..Made::default() }, 2),
+            "there is no GPU 2; there is 0 (NVIDIA H200), 1 (NVIDIA H200)"
+        );
+        let hidden = CudaError::Unavailable("the CUDA driver sees no GPU".into());
+        assert_eq!(said(&Made { gpus: Err(hidden), ..Made::default() }, 0), "the CUDA driver sees no GPU");
+    }
 }

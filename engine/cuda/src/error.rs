@@ -7,7 +7,7 @@ pub enum CudaError {
     #[error("{0}")]
     Unavailable(String),
     /// The device's memory is full.
-    #[error("out of GPU memory: {wanted} bytes wanted, {free} of {total} bytes free")]
+    #[error("out of GPU memory: {} wanted, {} of {} free", size(*wanted), size(*free), size(*total))]
     OutOfMemory {
         /// Bytes asked for.
         wanted: usize,
@@ -37,4 +37,13 @@ pub enum CudaError {
     /// Something that the CUDA backend has no kernel for.
     #[error("{0}")]
     Unsupported(String),
+}
+
+/// A number of bytes, for messages.
+pub fn size(bytes: usize) -> String {
+    match bytes as f64 {
+        b if b >= f64::from(1 << 30) => format!("{:.2} GiB", b / f64::from(1 << 30)),
+        b if b >= f64::from(1 << 20) => format!("{:.1} MiB", b / f64::from(1 << 20)),
+        _ => format!("{bytes} bytes"),
+    }
 }

@@ -25,7 +25,7 @@ mod view;
 pub use backend::{Buffer, Cuda, DeviceLayout, Precision};
 pub use device::{Device, Memory, Recording};
 pub use driver::gpu::{GpuInfo, gpus};
-pub use error::CudaError;
+pub use error::{CudaError, size};
 pub use library::{Library, Place};
 pub use ops::relational::Pairs;
 pub use staging::Staging;

@@ -52,7 +52,7 @@ impl Library {
     }
 
     /// File names, newest first; each is the name that the library itself declares.
-    fn files(self) -> &'static [&'static str] {
+    pub(crate) fn files(self) -> &'static [&'static str] {
         match self {
             Library::Driver => &["libcuda.so.1"],
             Library::Nvrtc => &["libnvrtc.so.13", "libnvrtc.so.12"],
@@ -81,6 +81,17 @@ pub enum Place {
     Loader(String),
     /// In a folder that the loader doesn't know.
     File(PathBuf),
+}
+
+impl Place {
+    /// The major version in the file's name: 13 of `libnvrtc.so.13`.
+    pub(crate) fn major(&self) -> Option<i32> {
+        let name = match self {
+            Place::Loader(name) => name.as_str(),
+            Place::File(path) => path.file_name()?.to_str()?,
+        };
+        name.split_once(".so.")?.1.split('.').next()?.parse().ok()
+    }
 }
 
 impl std::fmt::Display for Place {
@@ -122,16 +133,21 @@ fn search(library: Library) -> Result<Place, CudaError> {
             }
         }
     }
+    Err(missing(library, &refused, &folders))
+}
+
+/// `library` is in none of `folders`; with what the loader said of each file that it tried.
+pub(crate) fn missing(library: Library, refused: &[String], folders: &[PathBuf]) -> CudaError {
     // A file that is there but can't be loaded is the better reason.
     let broken = refused.iter().find(|r| !r.contains("No such file"));
     let reason = broken.map(|r| format!(" ({r})")).unwrap_or_default();
-    Err(CudaError::Unavailable(format!(
+    CudaError::Unavailable(format!(
         "{} not found: looked for {} by the system's loader and in {}{reason}; {}",
         library.name(),
         library.files().join(" and "),
-        list(&folders),
+        list(folders),
         library.advice(),
-    )))
+    ))
 }
 
 fn list(folders: &[PathBuf]) -> String {

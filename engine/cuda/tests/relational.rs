@@ -5,7 +5,7 @@
 mod support;
 
 use mcpipe_cuda::{Device, Element, Pairs};
-use support::{Found, Kind, OnDevice, Prepared, Problem, errors, exact, floats, run};
+use support::{Found, Kind, OnDevice, Prepared, Problem, errors, exact, floats, run, run_by};
 
 fn device() -> Option<Device> {
     #[cfg(feature = "shim")]
@@ -56,6 +56,24 @@ fn f32_matches_f64_at_ragged_sizes() {
 #[test]
 fn bf16_matches_f64_at_ragged_sizes() {
     sizes(true, Element::Bf16, 1e-2);
+}
+
+#[test]
+fn kernels_for_every_device_match_f64() {
+    let Some(dev) = device() else { return };
+    for (batch, dim, widths, kind) in [
+        (1, 24, &[16][..], Kind::Random),
+        (129, 72, &[], Kind::Repeated),
+        (300, 136, &[30, 8], Kind::Matched),
+        (1000, 40, &[16], Kind::Random),
+    ] {
+        let p = Problem::new(batch, dim, widths, kind, 14.3, 7, true);
+        let want = exact(&p, &Prepared::new(&p), DL.map(f64::from));
+        let pairs = Pairs::new(&p.d, true).expect("fits").portable();
+        let got = run_by(&dev, &p, &pairs, Element::Bf16, true, DL).expect("the device runs it");
+        let found = errors(&got, &want);
+        assert!(found.iter().all(|e| *e <= 1e-2), "{batch} pairs of {dim}, teachers {widths:?}: {found:?}");
+    }
 }
 
 #[test]

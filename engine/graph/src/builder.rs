@@ -155,6 +155,14 @@ impl GraphBuilder {
         result
     }
 
+    /// Builds what `f` adds as nodes that own kernels run, whatever is around them.
+    pub fn on_kernels<T>(&mut self, f: impl FnOnce(&mut Self) -> T) -> T {
+        let before = std::mem::replace(&mut self.runner, Runner::Kernel);
+        let result = f(self);
+        self.runner = before;
+        result
+    }
+
     /// Finishes the graph.
     pub fn finish(self) -> StepGraph {
         StepGraph { dag: self.dag, params: self.params, outputs: self.outputs, stochastic: self.stochastic }

@@ -12,6 +12,7 @@ use crate::graph::{GraphError, Node, Source, StepGraph, Tensor, ValueId};
 use crate::memory::{MemoryPlan, Mode};
 use crate::op::Op;
 use crate::params::{Grads, ParamStore};
+use crate::schedule::Task;
 
 /// A value for an input.
 #[derive(Clone, Copy, Debug)]
@@ -126,7 +127,7 @@ impl<B: Backend> Executor<B> {
     ) -> Result<Self, ExecError> {
         let graph = match mode {
             Mode::Forward if backend.fuses() => Arc::new(fuse(&graph)),
-            Mode::Train if backend.fuses_losses() => Arc::new(fuse_losses(&graph)),
+            _ if mode.trains() && backend.fuses_losses() => Arc::new(fuse_losses(&graph)),
             _ => graph,
         };
         let plan = MemoryPlan::new(&graph, mode, &backend);
@@ -145,7 +146,10 @@ impl<B: Backend> Executor<B> {
             }
             bound.push(index);
         }
-        let slots = backend.allocate(&plan.slots)?;
+        let slots = match plan.ranges() {
+            Some(ranges) => backend.allocate_ranges(plan.bytes(), &ranges)?,
+            None => backend.allocate(&plan.slots)?,
+        };
         let moved = plan.moved.iter().copied().collect();
         let started = vec![false; graph.dag.node_count()];
         Ok(Executor {
@@ -274,6 +278,16 @@ impl<B: Backend> Executor<B> {
         Ok(check_ids(&self.graph, t.id, values)?)
     }
 
+    /// Copies host ids to input `t`; to be fed as [`Feed::Held`].
+    ///
+    /// # Errors
+    /// As [`check_ids`](Self::check_ids).
+    pub fn upload_ids(&mut self, t: &Tensor, values: &[i32]) -> Result<(), ExecError> {
+        self.check_ids(t, values)?;
+        self.backend.upload_ints(values, self.ints.entry(t.id).or_default());
+        Ok(())
+    }
+
     /// Takes `ids` (a buffer that they were uploaded to) as those of input `t`; to be fed as [`Feed::Held`].
     pub fn set_ids(&mut self, t: &Tensor, ids: B::Ints) {
         self.ints.insert(t.id, ids);
@@ -307,6 +321,7 @@ impl<B: Backend> Executor<B> {
         bound: &[usize],
         store: &'a ParamStore<B::Buffer>,
         node: &Node,
+        late: bool,
     ) -> Vec<Arg<'a, B>> {
         let arg = |id: &ValueId| {
             let input = &graph.dag[*id];
@@ -315,7 +330,7 @@ impl<B: Backend> Executor<B> {
                 Source::Param(p) => Arg::Values { buffer: &store.params()[bound[p.0]].data, len, dtype: Dtype::F32 },
                 Source::IntInput(_) => Arg::Ids(&ints[id]),
                 Source::Input(_) | Source::Op(_) | Source::Fused => {
-                    Arg::Values { buffer: &slots[plan.values[id]], len, dtype }
+                    Arg::Values { buffer: &slots[plan.value(*id, late)], len, dtype }
                 }
             }
         };
@@ -353,28 +368,38 @@ impl<B: Backend> Executor<B> {
         let graph = Arc::clone(&self.graph);
         self.backend.begin(&graph)?;
         for (id, node) in graph.nodes() {
-            let Some(op) = node.op() else { continue };
-            let dtype = self.dtypes[id.index()];
-            let start = Instant::now();
-            let slot = self.plan.values[&id];
-            let mut out = take(&mut self.slots[slot]);
-            let saved_slots = self.plan.saved.get(&id).map_or(&[][..], Vec::as_slice);
-            let mut saved: Vec<B::Buffer> = saved_slots.iter().map(|&s| take(&mut self.slots[s])).collect();
-            let ins = Self::args(&graph, &self.plan, &self.dtypes, &self.slots, &self.ints, &self.bound, store, node);
-            let keep = self.mode == Mode::Train && node.requires_grad;
-            let io = Forward { ins: &ins, out: &mut out, dtype, saved: &mut saved, keep };
-            let ran = self.backend.forward(id, node, io);
-            drop(ins);
-            for (&s, buffer) in saved_slots.iter().zip(saved) {
-                self.slots[s] = buffer;
+            if node.op().is_none() {
+                continue;
             }
-            self.slots[slot] = out;
-            ran?;
-            self.count(node, op, start, false);
-            let held = &self.slots[slot];
+            self.run(id, node, store, false)?;
+            let dtype = self.dtypes[id.index()];
+            let held = &self.slots[self.plan.values[&id]];
             let part = || Part { buffer: held, dtype, start: 0, len: node.numel() };
             watch(node, &|| self.backend.view(part()).into_owned());
         }
+        Ok(())
+    }
+
+    /// Runs a node forward: in the walk forward, or again in the walk backward.
+    fn run(&mut self, id: ValueId, node: &Node, store: &ParamStore<B::Buffer>, again: bool) -> Result<(), ExecError> {
+        let Some(op) = node.op() else { return Ok(()) };
+        let start = Instant::now();
+        let slot = self.plan.value(id, again);
+        let mut out = take(&mut self.slots[slot]);
+        let saved_slots = self.plan.saved(id, again);
+        let mut saved: Vec<B::Buffer> = saved_slots.iter().map(|&s| take(&mut self.slots[s])).collect();
+        let ins =
+            Self::args(&self.graph, &self.plan, &self.dtypes, &self.slots, &self.ints, &self.bound, store, node, again);
+        let keep = self.mode.trains() && node.requires_grad && (again || !self.plan.values_again.contains_key(&id));
+        let io = Forward { ins: &ins, out: &mut out, dtype: self.dtypes[id.index()], saved: &mut saved, keep };
+        let ran = self.backend.forward(id, node, io);
+        drop(ins);
+        for (&s, buffer) in self.plan.saved(id, again).iter().zip(saved) {
+            self.slots[s] = buffer;
+        }
+        self.slots[slot] = out;
+        ran?;
+        self.count(node, op, start, false);
         Ok(())
     }
 
@@ -463,7 +488,7 @@ impl<B: Backend> Executor<B> {
 
     fn seed_slot(&self, t: &Tensor) -> Result<usize, ExecError> {
         let output = self.graph.outputs.iter().any(|(_, o)| o.id == t.id);
-        let slot = self.plan.grads.get(&t.id).filter(|_| output && self.mode == Mode::Train);
+        let slot = self.plan.grads.get(&t.id).filter(|_| output && self.mode.trains());
         Ok(*slot.ok_or_else(|| ExecError::NoGradient(self.graph.dag[t.id].label.clone()))?)
     }
 
@@ -493,7 +518,13 @@ impl<B: Backend> Executor<B> {
         grads: &mut Grads<B::Buffer>,
     ) -> Result<(), ExecError> {
         let graph = Arc::clone(&self.graph);
-        for (id, node) in graph.nodes().rev() {
+        for i in 0..self.plan.tasks.len() {
+            let (Task::Again(id) | Task::Back(id)) = self.plan.tasks[i];
+            let node = &graph.dag[id];
+            if let Task::Again(_) = self.plan.tasks[i] {
+                self.run(id, node, store, true)?;
+                continue;
+            }
             let Some(op) = node.op() else { continue };
             if node.requires_grad && self.started[id.index()] {
                 let start = Instant::now();
@@ -556,9 +587,10 @@ impl<B: Backend> Executor<B> {
         }
         let ran = {
             // Saved tensors are gathered into one slice for the backend.
-            let saved_slots = self.plan.saved.get(&id).map_or(&[][..], Vec::as_slice);
+            let saved_slots = self.plan.saved(id, true);
             let saved: Vec<B::Buffer> = saved_slots.iter().map(|&s| take(&mut self.slots[s])).collect();
-            let ins = Self::args(graph, &self.plan, &self.dtypes, &self.slots, &self.ints, &self.bound, store, node);
+            let (plan, dtypes) = (&self.plan, &self.dtypes);
+            let ins = Self::args(graph, plan, dtypes, &self.slots, &self.ints, &self.bound, store, node, true);
             let mut outs: Vec<Option<GradOut<'_, B>>> = buffers
                 .iter_mut()
                 .zip(&node.inputs)
@@ -568,7 +600,7 @@ impl<B: Backend> Executor<B> {
                     Some(GradOut { buffer, len: *len, dtype, accumulate: *accumulate })
                 })
                 .collect();
-            let out = self.backend.needs(op).output.then(|| &self.slots[self.plan.values[&id]]);
+            let out = self.backend.needs(op).output.then(|| &self.slots[self.plan.value(id, true)]);
             let dtype = self.dtypes[id.index()];
             let io = Vjp { ins: &ins, out, saved: &saved, dout: &dout, dtype, grads: &mut outs };
             let ran = self.backend.vjp(id, node, io);

@@ -18,6 +18,7 @@ pub mod init;
 mod memory;
 pub mod op;
 mod params;
+mod schedule;
 
 pub use backend::{Backend, Cpu, Dtype, Kernels, Layout, Part};
 pub use builder::{BatchNormArgs, ConvArgs, GraphBuilder, PairInputs, Path};
@@ -30,3 +31,4 @@ pub use mcpipe_cpu::activation::Activation;
 pub use memory::{MemoryPlan, Mode};
 pub use op::{Distance, Op, Runner};
 pub use params::{Grads, Param, ParamKind, ParamStore};
+pub use schedule::Task;

@@ -3,6 +3,7 @@
 use std::num::NonZero;
 use std::path::PathBuf;
 
+use mcpipe_cuda::CudaError;
 use mcpipe_graph::Kernels;
 use mcpipe_train::{Compute, DeviceChoice};
 
@@ -82,7 +83,9 @@ impl Settings {
         }
         match mcpipe_cuda::doctor::usable(0) {
             Ok(_) => self.device = DeviceChoice::Cuda(0),
-            Err(e) => self.device_note = Some(e.to_string()),
+            Err(e @ CudaError::Unavailable(_)) => self.device_note = Some(e.to_string()),
+            // A GPU that answers and then fails: told when it is checked.
+            Err(_) => self.device = DeviceChoice::Cuda(0),
         }
     }
 

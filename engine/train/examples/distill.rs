@@ -7,13 +7,14 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use mcpipe_data::Normalize;
 use mcpipe_graph::{Kernels, ParamStore, Path};
 use mcpipe_models::{Backbone, LastToken, ModelError};
 use mcpipe_spec::{Checkpoint, NonFinite, Params, Precision, Training};
 use mcpipe_train::{
-    AdamW, BackboneTower, Batch, BatchSource, BoxError, CaptionEncoder, Compute, Constant, Encoder, FrozenImage,
-    ImageTower, LrConfig, ModelText, NoEval, NoObserver, Objective, ProjectionHead, Stop, Teacher, TeacherModel, Term,
-    TextTower, TrainSetup, TrainedModel, Trainer, distill,
+    AdamW, BackboneTower, Batch, BatchSource, BoxError, ByteView, CaptionEncoder, Compute, Constant, Encoder,
+    FormBytes, FrozenImage, ImageBytes, ImageTower, LrConfig, ModelText, NoEval, NoObserver, Objective, ProjectionHead,
+    Stop, Teacher, TeacherModel, Term, TextTower, TrainSetup, TrainedModel, Trainer, distill,
 };
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
@@ -123,6 +124,7 @@ fn main() -> Result<(), Failure> {
             steps,
             batch_size,
             accumulate: 1,
+            recompute: false,
             precision,
             clip_norm: Some(1.0),
             log_every: 1000,
@@ -133,9 +135,19 @@ fn main() -> Result<(), Failure> {
         compute,
         identity: "bench".into(),
     };
-    let noise = |side: usize| mcpipe_graph::Init::Normal(1.0).sample(side as u64, "x", &[batch_size * side * side * 3]);
+    // As the loader gives them: bytes, one form and one view for each model.
+    let noise = |size: usize| {
+        let values = mcpipe_graph::Init::Normal(50.0).sample(size as u64, "x", &[batch_size * size * size * 3]);
+        FormBytes { size, bytes: values.iter().map(|v| (v + 128.0) as u8).collect() }
+    };
+    let normalize = Normalize { mean: [0.48, 0.46, 0.41], std: [0.27, 0.26, 0.28] };
+    let images = ImageBytes {
+        forms: vec![noise(student.image_size()), noise(224)],
+        views: (0..2).map(|form| ByteView { form, normalize }).collect(),
+        mix: None,
+    };
     let captions = (0..batch_size).map(|i| i.to_string()).collect();
-    let batch = Batch { views: vec![noise(student.image_size()), noise(224)], captions, ..Batch::default() };
+    let batch = Batch { bytes: Some(images), captions, ..Batch::default() };
     let mut trainer = Trainer::new(setup)?;
     let mut source = Same(batch, Vec::new());
     trainer.run(&mut source, &mut NoEval, &mut NoObserver, None, &Stop::default())?;

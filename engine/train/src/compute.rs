@@ -91,21 +91,27 @@ impl Compute {
     /// those of the CPU: any but its native ones keep `auto` there.
     ///
     /// # Errors
-    /// A GPU that was asked for by name and can't be used.
+    /// A GPU that was asked for by name and can't be used, or one that answers and then fails.
     pub fn open(choice: DeviceChoice, kernels: Kernels) -> Result<(Self, Option<CudaError>), CudaError> {
         match choice {
             DeviceChoice::Cpu => Ok((Compute::Cpu(kernels), None)),
             DeviceChoice::Auto if kernels != Kernels::Native => Ok((Compute::Cpu(kernels), None)),
-            DeviceChoice::Auto => match opened(DeviceChoice::Cuda(0), || Device::open(0)) {
-                Ok(device) => Ok((Compute::Cuda(device), None)),
-                Err(e) => Ok((Compute::Cpu(kernels), Some(e))),
-            },
+            DeviceChoice::Auto => Self::auto(opened(DeviceChoice::Cuda(0), || Device::open(0)), kernels),
             #[cfg(feature = "shim")]
             DeviceChoice::Shim => Ok((Compute::Cuda(opened(choice, Device::shim)?), None)),
             DeviceChoice::Cuda(_) if kernels != Kernels::Native => {
                 Err(CudaError::Unavailable(format!("`--kernels reference` runs on the CPU alone, not on `{choice}`")))
             }
             DeviceChoice::Cuda(index) => Ok((Compute::Cuda(opened(choice, || Device::open(index))?), None)),
+        }
+    }
+
+    fn auto(first: Result<Device, CudaError>, kernels: Kernels) -> Result<(Self, Option<CudaError>), CudaError> {
+        match first {
+            Ok(device) => Ok((Compute::Cuda(device), None)),
+            Err(e @ CudaError::Unavailable(_)) => Ok((Compute::Cpu(kernels), Some(e))),
+            // A GPU that is there but full, say: that it is left unused must not go unseen.
+            Err(e) => Err(e),
         }
     }
 
@@ -129,6 +135,16 @@ impl Compute {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn auto_takes_the_cpu_only_where_no_gpu_can_be_used() {
+        let none = CudaError::Unavailable("the CUDA driver sees no GPU".into());
+        let (compute, note) = Compute::auto(Err(none.clone()), Kernels::Native).unwrap();
+        assert_eq!((compute.kind(), note), ("cpu", Some(none)));
+        let full = CudaError::OutOfMemory { wanted: 3 << 30, free: 5 << 20, total: 80 << 30 };
+        let e = Compute::auto(Err(full), Kernels::Native).unwrap_err();
+        assert_eq!(e.to_string(), "out of GPU memory: 3.00 GiB wanted, 5.0 MiB of 80.00 GiB free");
+    }
 
     #[test]
     fn devices_are_read_as_they_are_written() {

@@ -3,9 +3,10 @@
 use mcpipe_graph::{GraphBuilder, Init, Path, StepGraph, Tensor};
 use mcpipe_models::{ModelError, TapInfo};
 
-use crate::distill::{BatchContext, CLIP, Pairing, SIGLIP, TeacherInputs, clip_loss, siglip_loss};
+use crate::distill::{CLIP, Pairing, SIGLIP};
 use crate::error::TrainError;
-use crate::setup::{Contrast, LOGIT_BIAS, LOGIT_SCALE, ModelText, TeacherModel, TrainSetup};
+use crate::losses::{self, PairForm, pair_form};
+use crate::setup::{Contrast, LOGIT_SCALE, ModelText, TeacherModel, TrainSetup};
 use crate::tower::ImageTower;
 
 /// Inputs and outputs by name.
@@ -17,12 +18,9 @@ pub(crate) const FEATURES: &str = "text.features";
 pub(crate) const SCALED: &str = "scaled";
 pub(crate) const IMAGE: &str = "image";
 pub(crate) const TEXT: &str = "text";
-pub(crate) const IMAGE_TO_TEXT: &str = "targets.image_to_text";
-pub(crate) const TEXT_TO_IMAGE: &str = "targets.text_to_image";
-pub(crate) const PAIRS: &str = "targets.pairs";
 
 /// Path below which the parameters of distillation terms lie.
-const DISTILL: &str = "distill";
+pub(crate) const DISTILL: &str = "distill";
 
 /// A target that a teacher's graph computes and the student's tower graph reads.
 #[derive(Clone, Debug)]
@@ -104,8 +102,13 @@ pub(crate) fn term_names(setup: &TrainSetup) -> Vec<String> {
 }
 
 impl Graphs {
-    /// Builds every graph of a step.
+    /// Builds every graph of a step, with the losses over pairs in the form that suits the setup.
     pub(crate) fn new(setup: &TrainSetup) -> Result<Self, TrainError> {
+        Self::with(setup, pair_form(setup))
+    }
+
+    /// Builds every graph of a step.
+    pub(crate) fn with(setup: &TrainSetup, form: PairForm) -> Result<Self, TrainError> {
         setup.check()?;
         let part = setup.training.micro_batch();
         let targets = targets(setup, part)?;
@@ -121,7 +124,7 @@ impl Graphs {
         }
         let (tower, local) = tower(setup, part, Some(&targets))?;
         let first = if setup.training.accumulate > 1 { Some(tower_only(setup, part)?) } else { None };
-        let (loss, whole) = loss(setup)?;
+        let (loss, whole) = losses::graph(setup, form)?;
         let text_in_tower = !matches!(setup.model.text, ModelText::Frozen { projection: None, .. });
         Ok(Graphs { tower, first, loss, teachers, targets, local, whole, text_in_tower })
     }
@@ -295,71 +298,4 @@ fn tower(setup: &TrainSetup, part: usize, targets: Option<&[Target]>) -> Result<
         local.push(i + 1);
     }
     Ok((g.finish(), local))
-}
-
-fn loss(setup: &TrainSetup) -> Result<(StepGraph, Vec<usize>), TrainError> {
-    let mut g = GraphBuilder::new(true);
-    let batch = setup.training.batch_size;
-    let student = setup.student_shape()?;
-    let teachers = setup.teacher_shapes()?;
-    let mut whole = vec![CLIP_SLOT];
-    let image_bd = g.input_with_grad(IMAGE, &[batch, student.image.dim]);
-    let text_bd = if student.text_trained {
-        g.input_with_grad(TEXT, &[batch, student.text])
-    } else {
-        g.input(TEXT, &[batch, student.text])
-    };
-    let targets = [g.input(IMAGE_TO_TEXT, &[batch, batch]), g.input(TEXT_TO_IMAGE, &[batch, batch])];
-    let log_scale = Init::Constant(setup.model.logit_scale.ln() as f32);
-    let path = Path::new(LOGIT_SCALE);
-    let log_scale = if setup.model.train_logit_scale {
-        g.param(&path, &[], log_scale)?
-    } else {
-        g.frozen(|g| g.param(&path, &[], log_scale))?
-    };
-    let sigmoid = match setup.objective.contrast {
-        Contrast::Clip => None,
-        Contrast::Sigmoid { bias } => {
-            let bias = g.param(&Path::new(LOGIT_BIAS), &[], Init::Constant(bias as f32))?;
-            Some((bias, g.input(PAIRS, &[batch, batch])))
-        }
-    };
-    let outputs = g.on_dfdx(|g| -> Result<Vec<(usize, Tensor)>, ModelError> {
-        let image_bd = g.l2_normalize(&image_bd);
-        let text_bd = g.l2_normalize(&text_bd);
-        let scale = g.exp(&log_scale);
-        let scale = g.reshape(&scale, &[1])?;
-        let mut context = BatchContext {
-            path: Path::new(DISTILL),
-            batch,
-            image_bd,
-            text_bd,
-            text_trained: student.text_trained,
-            scale,
-            targets,
-            teachers: Vec::new(),
-        };
-        let own = match &sigmoid {
-            None => clip_loss(g, &context)?,
-            Some((bias, pairs)) => siglip_loss(g, &context, bias, pairs)?,
-        };
-        let mut outputs = vec![(CLIP_SLOT, own)];
-        if setup.distils() {
-            for (i, term) in setup.objective.terms.iter().enumerate() {
-                context.path = Path::new(DISTILL).at(&term.name);
-                context.teachers = term.teachers.iter().map(|&t| TeacherInputs::new(&teachers[t], batch)).collect();
-                if let Some(loss) = term.level.batch_loss(g, &context)? {
-                    outputs.push((i + 1, loss));
-                }
-            }
-        }
-        Ok(outputs)
-    })?;
-    for (slot, loss) in outputs {
-        g.output(loss_name(setup, slot), &loss);
-        if slot != CLIP_SLOT {
-            whole.push(slot);
-        }
-    }
-    Ok((g.finish(), whole))
 }

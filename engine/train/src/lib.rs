@@ -26,6 +26,7 @@ mod error;
 mod forward;
 mod graphs;
 mod inputs;
+mod losses;
 mod machine;
 mod observer;
 mod optim;

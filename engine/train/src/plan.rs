@@ -2,7 +2,7 @@
 
 use mcpipe_cuda::DeviceLayout;
 use mcpipe_graph::backend::Plain;
-use mcpipe_graph::{MemoryPlan, Mode, ParamKind, StepGraph, fuse_losses};
+use mcpipe_graph::{MemoryPlan, Mode, ParamKind, StepGraph, ValueId, fuse_losses};
 use serde::Serialize;
 
 use crate::error::TrainError;
@@ -50,6 +50,11 @@ fn weights(graph: &StepGraph) -> (usize, usize) {
     (graph.trained_len(), graph.params().iter().map(len).sum::<usize>() * F32)
 }
 
+fn flops_of(graph: &StepGraph, id: ValueId) -> u64 {
+    let node = graph.node(id);
+    node.op().map_or(0, |op| op.flops(node.numel()))
+}
+
 impl StepPlan {
     /// The plan of a setup on the CPU or on a GPU; needs neither.
     ///
@@ -58,31 +63,34 @@ impl StepPlan {
     pub fn new(setup: &TrainSetup, gpu: bool) -> Result<Self, TrainError> {
         let precision = crate::machine::precision(setup.training.precision);
         let layout = DeviceLayout { precision };
-        let bytes = |graph: &StepGraph, mode| match gpu {
-            true if mode == Mode::Train => MemoryPlan::new(&fuse_losses(graph), mode, &layout).bytes(),
-            true => MemoryPlan::new(graph, mode, &layout).bytes(),
-            false => MemoryPlan::new(graph, mode, &Plain).bytes(),
+        let memory = |graph: &StepGraph, mode: Mode| match gpu {
+            true if mode.trains() => MemoryPlan::new(&fuse_losses(graph), mode, &layout),
+            true => MemoryPlan::new(graph, mode, &layout),
+            false => MemoryPlan::new(graph, mode, &Plain),
         };
         let graphs = Graphs::new(setup)?;
         let accumulate = setup.training.accumulate as u64;
         let part = |name: &str, graph: &StepGraph, mode: Mode, runs: u64| {
             let (parameters, weight_bytes) = weights(graph);
-            let activation_bytes = bytes(graph, mode);
+            let plan = memory(graph, mode);
+            // Forward once, backward about twice the forward; and what runs forward again.
+            let flops = if mode.trains() { 3 * graph.forward_flops() } else { graph.forward_flops() };
+            let again: u64 = plan.nodes_again().map(|id| flops_of(graph, id)).sum();
             Part {
                 name: name.to_owned(),
-                activation_bytes,
+                activation_bytes: plan.bytes(),
                 parameters,
                 weight_bytes,
-                flops: runs * graph.forward_flops(),
+                flops: runs * (flops + again),
             }
         };
-        // Forward once, backward about twice the forward.
-        let mut parts = vec![part("student", &graphs.tower, Mode::Train, 3 * accumulate)];
+        let mode = if setup.training.recompute { Mode::Recompute } else { Mode::Train };
+        let mut parts = vec![part("student", &graphs.tower, mode, accumulate)];
         if let Some(first) = &graphs.first {
             let again = part("student, first forward", first, Mode::Forward, accumulate);
             parts.push(Part { parameters: 0, weight_bytes: 0, ..again });
         }
-        parts.push(part("losses", &graphs.loss, Mode::Train, 3));
+        parts.push(part("losses", &graphs.loss, Mode::Train, 1));
         for run in &graphs.teachers {
             let teacher = &setup.teachers[run.teacher];
             if let Some(graph) = &run.graph {

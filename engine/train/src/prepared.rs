@@ -1,14 +1,15 @@
 //! The host's part of a step: from a batch to what the backend's part reads.
 
-use mcpipe_graph::{Backend, Dtype, Executor, Part};
+use mcpipe_graph::{Backend, Dtype, Executor, Part, StepGraph};
 
-use crate::batch::{Batch, SoftTargets};
+use crate::batch::{Batch, SoftTargets, SparseTargets};
 use crate::distill::{Fed, teacher_input};
 use crate::encoder::tokens;
 use crate::error::TrainError;
-use crate::graphs::{IMAGE_TO_TEXT, PAIRS, TEXT, TEXT_TO_IMAGE};
+use crate::graphs::TEXT;
 use crate::inputs::{Host, Tower};
-use crate::setup::{Contrast, ModelText, TeacherModel};
+use crate::losses::{IMAGE_TO_TEXT, PAIRS, SPARSE, TEXT_TO_IMAGE};
+use crate::setup::{ModelText, TeacherModel};
 use crate::step::{CELL, Step};
 use crate::stochastic::drop_masks;
 
@@ -20,7 +21,14 @@ pub(crate) struct Prepared {
     features: Vec<f32>,
     masks: Vec<Vec<f32>>,
     /// Inputs of the loss graph by name.
-    losses: Vec<(String, Vec<f32>)>,
+    losses: Vec<(String, Values)>,
+}
+
+/// Values of an input.
+#[derive(Debug)]
+enum Values {
+    Floats(Vec<f32>),
+    Ids(Vec<i32>),
 }
 
 /// Rows scaled to unit length (zero rows stay zero).
@@ -35,11 +43,30 @@ fn normalized(x: &[f32], rows: usize) -> Vec<f32> {
 }
 
 /// Copies values to the input called `name`, where the graph has one.
-fn upload<B: Backend>(executor: &mut Executor<B>, name: &str, values: &[f32]) -> Result<(), TrainError> {
-    match executor.graph().input(name) {
-        Some(input) => Ok(executor.upload(&input, values)?),
-        None => Ok(()),
+fn upload<B: Backend>(executor: &mut Executor<B>, name: &str, values: &Values) -> Result<(), TrainError> {
+    match (executor.graph().input(name), values) {
+        (Some(input), Values::Floats(values)) => Ok(executor.upload(&input, values)?),
+        (Some(input), Values::Ids(values)) => Ok(executor.upload_ids(&input, values)?),
+        (None, _) => Ok(()),
     }
+}
+
+/// The targets of the batch's pairs, in the forms that the loss graph reads.
+fn targets(graph: &StepGraph, batch: &Batch) -> Vec<(String, Values)> {
+    let reads = |name: &str| graph.input(name).is_some();
+    let mut inputs = Vec::new();
+    if [IMAGE_TO_TEXT, TEXT_TO_IMAGE, PAIRS].into_iter().any(reads) {
+        let t = SoftTargets::new(&batch.captions, batch.mix.as_ref());
+        let matrices = [(IMAGE_TO_TEXT, t.image_to_text), (TEXT_TO_IMAGE, t.text_to_image), (PAIRS, t.pairs)];
+        inputs.extend(matrices.map(|(name, values)| (name.to_owned(), Values::Floats(values))));
+    }
+    if SPARSE.into_iter().any(reads) {
+        use Values::{Floats, Ids};
+        let t = SparseTargets::new(&batch.captions, batch.mix.as_ref());
+        let lists = [Ids(t.own), Ids(t.other), Floats(t.keep), Ids(t.group), Floats(t.share), Floats(t.column_total)];
+        inputs.extend(SPARSE.map(str::to_owned).into_iter().zip(lists));
+    }
+    inputs
 }
 
 impl<B: Backend> Step<B> {
@@ -104,14 +131,9 @@ impl<B: Backend> Step<B> {
     }
 
     /// What the host gives the loss graph: targets, and the teachers' embeddings of texts.
-    fn loss_inputs(&self, batch: &Batch) -> Result<Vec<(String, Vec<f32>)>, TrainError> {
+    fn loss_inputs(&self, batch: &Batch) -> Result<Vec<(String, Values)>, TrainError> {
         let setup = &self.setup;
-        let targets = SoftTargets::new(&batch.captions, batch.mix.as_ref());
-        let mut inputs =
-            vec![(IMAGE_TO_TEXT.to_owned(), targets.image_to_text), (TEXT_TO_IMAGE.to_owned(), targets.text_to_image)];
-        if matches!(setup.objective.contrast, Contrast::Sigmoid { .. }) {
-            inputs.push((PAIRS.to_owned(), targets.pairs));
-        }
+        let mut inputs = targets(self.loss.graph(), batch);
         for run in self.teachers.iter().filter(|r| r.plan.embeddings) {
             let teacher = &setup.teachers[run.plan.teacher];
             let (encoder, scale) = match &teacher.model {
@@ -124,7 +146,8 @@ impl<B: Backend> Step<B> {
             let Some(encoder) = encoder else { continue };
             let text = normalized(&setup.text(encoder)?.embed(&batch.captions)?, batch.captions.len());
             let scaled = scale.map(|scale| text.iter().map(|v| (f64::from(*v) * scale) as f32).collect());
-            inputs.push((teacher_input(&teacher.name, Fed::Text), text));
+            let scaled = scaled.map(Values::Floats);
+            inputs.push((teacher_input(&teacher.name, Fed::Text), Values::Floats(text)));
             inputs.extend(scaled.map(|scaled| (teacher_input(&teacher.name, Fed::Scaled), scaled)));
         }
         Ok(inputs)
@@ -145,8 +168,10 @@ impl<B: Backend> Step<B> {
         towers.extend(&mut self.first);
         towers.extend(self.teachers.iter_mut().filter_map(|r| r.tower.as_mut()));
         self.inputs.upload(host, &mut towers)?;
-        if !self.graphs.text_in_tower {
-            upload(&mut self.loss, TEXT, &self.features)?;
+        if !self.graphs.text_in_tower
+            && let Some(input) = self.loss.graph().input(TEXT)
+        {
+            self.loss.upload(&input, &self.features)?;
         }
         for (name, values) in &losses {
             upload(&mut self.loss, name, values)?;

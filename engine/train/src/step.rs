@@ -90,21 +90,25 @@ impl<B: Backend> Step<B> {
         towers: impl Fn() -> B,
         losses: impl Fn() -> B,
     ) -> Result<Self, TrainError> {
-        let executor = |whose: &str, graph: &StepGraph, store: &ParamStore<B::Buffer>, mode| {
-            Executor::new(Arc::new(graph.clone()), store, mode, towers()).map_err(|e| match e {
+        let on = |backend: B, whose: &str, graph: &StepGraph, store: &ParamStore<B::Buffer>, mode| {
+            Executor::new(Arc::new(graph.clone()), store, mode, backend).map_err(|e| match e {
                 // Memory that was refused.
                 ExecError::Backend(e) => {
-                    ExecError::Backend(BackendError { label: format!("the {whose}'s values"), ..e })
+                    ExecError::Backend(BackendError { label: format!("the activations of the {whose}"), ..e })
                 }
                 other => other,
             })
         };
+        let executor = |whose: &str, graph: &StepGraph, store: &ParamStore<B::Buffer>, mode| {
+            on(towers(), whose, graph, store, mode)
+        };
         let targets: Vec<&str> = graphs.targets.iter().map(|t| t.name.as_str()).collect();
         let view = setup.model.view;
-        let mut tower = Tower::new(executor("student", &graphs.tower, store, Mode::Train)?, view, &targets);
+        let mode = if setup.training.recompute { Mode::Recompute } else { Mode::Train };
+        let mut tower = Tower::new(executor("student", &graphs.tower, store, mode)?, view, &targets);
         let first = graphs.first.as_ref().map(|g| executor("student", g, store, Mode::Forward)).transpose()?;
         let mut first = first.map(|e| Tower::new(e, view, &[]));
-        let loss = Executor::new(Arc::new(graphs.loss.clone()), store, Mode::Train, losses())?;
+        let loss = on(losses(), "losses", &graphs.loss, store, Mode::Train)?;
         let mut runs = Vec::new();
         for plan in &graphs.teachers {
             let view = match &setup.teachers[plan.teacher].model {

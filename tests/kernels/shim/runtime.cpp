@@ -145,7 +145,10 @@ struct Worker {
   unsigned threads = 0, current = 0;
   uint64_t random = 88172645463325252ull;
   // By warp, a bit a lane.
-  unsigned alive[WARPS], ready[WARPS], at_barrier[WARPS], at_collective[WARPS];
+  unsigned alive[WARPS], ready[WARPS], at_barrier[WARPS], at_collective[WARPS], looks[WARPS];
+  // Whether what `looks` threads wait for may have changed since they looked.
+  bool news = false;
+  struct { int arrived, turn; } groups[16];
   int living = 0, arrived = 0, count = 0;
   Arrived result = {0, 0};
 
@@ -243,6 +246,8 @@ void Worker::begin(unsigned long long block) {
   memset(alive, 0, sizeof alive);
   memset(at_barrier, 0, sizeof at_barrier);
   memset(at_collective, 0, sizeof at_collective);
+  memset(looks, 0, sizeof looks);
+  memset(groups, 0, sizeof groups);
   for (unsigned i = 0; i < threads; i++) {
     Fiber& f = fibers[i];
     f.place = {i % l.block.x, i / l.block.x % l.block.y, i / l.block.x / l.block.y};
@@ -274,7 +279,13 @@ bool Worker::run_block(unsigned long long block) {
         resume(w * 32 + lane);
       }
     }
-    if (!went_on && living) stuck();
+    // Threads that look again and again come after all others have gone on.
+    if (!went_on && news) {
+      news = false;
+      for (unsigned w = 0; w < warps; w++) ready[w] |= looks[w], looks[w] = 0;
+    } else if (!went_on && living) {
+      stuck();
+    }
   }
   if (launch->failed) return false;
   for (size_t i = 0; i < BORDER; i++)
@@ -300,16 +311,18 @@ void Worker::resume(unsigned i) {
 void Worker::wait() { Context::go(fibers[current].context, scheduler); }
 
 void Worker::stuck() {
-  int barrier = 0, collective = 0, first = -1;
+  int barrier = 0, collective = 0, looking = 0, first = -1;
   for (unsigned i = 0; i < threads; i++) {
+    looking += looks[i / 32] >> i % 32 & 1;
     barrier += at_barrier[i / 32] >> i % 32 & 1;
     bool waits = at_collective[i / 32] >> i % 32 & 1;
     collective += waits;
     if (waits && first < 0) first = (int)i;
   }
   char text[400];
-  int n = snprintf(text, sizeof text, "block (%u,%u,%u) can't go on: of %u threads %d ended, %d wait at __syncthreads",
-                   tls.block.x, tls.block.y, tls.block.z, threads, (int)threads - living, barrier);
+  int n = snprintf(text, sizeof text, "block (%u,%u,%u) can't go on: of %u threads %d ended, %d wait at __syncthreads, "
+                   "%d at a barrier in shared memory or of a group",
+                   tls.block.x, tls.block.y, tls.block.z, threads, (int)threads - living, barrier, looking);
   if (first >= 0)
     snprintf(text + n, sizeof text - (size_t)n, ", %d at a warp's; thread %d at %s of lanes 0x%08x", collective, first,
              fibers[first].what, fibers[first].mask);
@@ -456,6 +469,61 @@ void async_wait(unsigned groups) {
     else memset(c.to, 0, c.bytes);
   }
   f.copies.erase(f.copies.begin(), f.copies.begin() + (long)done);
+}
+
+// Lets others go on until something has changed.
+static void look_again() {
+  Worker& w = *tls.worker;
+  w.looks[w.current / 32] |= 1u << w.current % 32;
+  w.wait();
+}
+
+// A phase barrier's word: what a phase needs, what it still waits for, and its number.
+struct Phase {
+  int bytes;
+  short arrivals, missing : 15;
+  unsigned short turn : 1;
+};
+static_assert(sizeof(Phase) <= sizeof(unsigned long long), "a word");
+
+static Phase get(const unsigned long long* bar) {
+  Phase p;
+  memcpy(&p, bar, sizeof p);
+  return p;
+}
+static void put(unsigned long long* bar, const Phase& p) {
+  memcpy(bar, &p, sizeof p);
+  tls.worker->news = true;
+}
+
+void phase_init(unsigned long long* bar, int arrivals) {
+  Phase p = {};
+  p.arrivals = (short)arrivals, p.missing = (short)arrivals;
+  put(bar, p);
+}
+
+void phase_arrive(unsigned long long* bar, int arrivals, int bytes) {
+  Phase p = get(bar);
+  if (p.missing < arrivals) fail("a barrier in shared memory has %d arrivals too many", arrivals - p.missing);
+  p.missing = (short)(p.missing - arrivals), p.bytes += bytes;
+  if (p.missing == 0 && p.bytes == 0) p.missing = p.arrivals, p.turn ^= 1;
+  put(bar, p);
+}
+
+void phase_wait(unsigned long long* bar, unsigned parity) {
+  while (get(bar).turn == (parity & 1)) look_again();
+}
+
+void group_barrier(int id, int threads) {
+  Worker& w = *tls.worker;
+  auto& g = w.groups[id & 15];
+  int turn = g.turn;
+  if (++g.arrived == threads) {
+    g.arrived = 0, g.turn++;
+    w.news = true;
+    return;
+  }
+  while (g.turn == turn) look_again();
 }
 
 unsigned long long ticks() {

@@ -53,6 +53,13 @@ void async_copy(void* to, const void* from, unsigned bytes, bool valid);
 void async_commit();
 void async_wait(unsigned groups);
 
+// A barrier in shared memory whose phases count arrivals and bytes; `bytes` are asked for, or below 0 have come.
+void phase_init(unsigned long long* bar, int arrivals);
+void phase_arrive(unsigned long long* bar, int arrivals, int bytes);
+void phase_wait(unsigned long long* bar, unsigned parity);
+// A barrier with a number for `threads` threads of a block.
+void group_barrier(int id, int threads);
+
 unsigned long long ticks();
 
 // ---- kernels ------------------------------------------------------------------------------------------------------

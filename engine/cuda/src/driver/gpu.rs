@@ -12,7 +12,8 @@ use mcpipe_cpu::conv::Conv2d;
 use super::blas::{Blas, WORKSPACE};
 use super::compile::machine_code;
 use super::dnn::Dnn;
-use super::{ConvPass, Driver, Product};
+use super::{ConvPass, Driver, Product, TensorMap};
+use crate::doctor;
 use crate::error::CudaError;
 use crate::launch::{Arguments, Kernel, Shape};
 use crate::library::{self, Library};
@@ -21,7 +22,7 @@ use crate::view::{Address, View};
 /// Compute capability from which all kernels run (bf16 on tensor cores, asynchronous copies).
 pub(crate) const LEAST_CAPABILITY: u32 = 80;
 
-/// Dynamic shared memory that needs no leave.
+/// Shared memory, static and dynamic, that needs no leave.
 const PLAIN_SHARED: u32 = 48 << 10;
 
 /// A stream of copies beside another stream, with the events by which they wait for each other.
@@ -160,23 +161,7 @@ impl Gpu {
     /// # Errors
     /// [`CudaError::Unavailable`] where it can't be used.
     pub(crate) fn open(index: usize) -> Result<Self, CudaError> {
-        let list = gpus()?;
-        let Some(info) = list.get(index) else {
-            let names: Vec<String> = list.iter().map(|g| format!("{} ({})", g.index, g.name)).collect();
-            return Err(CudaError::Unavailable(format!("there is no GPU {index}; there is {}", names.join(", "))));
-        };
-        if info.capability < LEAST_CAPABILITY {
-            let (have, need) = (info.capability, LEAST_CAPABILITY);
-            return Err(CudaError::Unavailable(format!(
-                "GPU {index} ({}) has compute capability {}.{}, but {}.{} is needed (Ampere: A100, RTX 30 and newer)",
-                info.name,
-                have / 10,
-                have % 10,
-                need / 10,
-                need % 10
-            )));
-        }
-        library::load(Library::CublasLt)?;
+        let info = doctor::usable(index)?;
         super::compile::prepare(info.capability)?;
         let device = cuda::device::get(index as i32).map_err(|e| failed("cuDeviceGet", e))?;
         // SAFETY: the device came from the driver; the context is released when this is dropped.
@@ -223,7 +208,11 @@ impl Gpu {
                 // SAFETY: the module is loaded.
                 let function = unsafe { cuda::module::get_function(module, name) }
                     .map_err(|e| failed(format!("finding {} in kernels/{}.cu", kernel.name, kernel.file), e))?;
-                (function, PLAIN_SHARED)
+                let own = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES;
+                // SAFETY: the function belongs to a loaded module.
+                let own = unsafe { cuda::function::get_function_attribute(function, own) }
+                    .map_err(|e| failed(format!("asking about {} in kernels/{}.cu", kernel.name, kernel.file), e))?;
+                (function, PLAIN_SHARED.saturating_sub(own as u32))
             }
         };
         if shared > allowed {
@@ -329,6 +318,31 @@ impl Driver for Gpu {
         // them with checked bounds.
         unsafe { cuda::launch_kernel(function, grid, block, shape.shared, self.stream, &mut arguments.pointers()) }
             .map_err(|e| failed(format!("launching {} of kernels/{}.cu with {shape:?}", kernel.name, kernel.file), e))
+    }
+
+    fn tensor_map(&self, of: View, dims: [usize; 2], ld: usize, high: usize) -> Result<TensorMap, CudaError> {
+        use sys::CUtensorMapDataType_enum::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+        let mut map = sys::CUtensorMap { opaque: [0; 16] };
+        let (dims, strides) = ([dims[1] as u64, dims[0] as u64], [2 * ld as u64]);
+        // SAFETY: all pointers are valid, the arrays as long as the rank asks for; the address is only noted.
+        let status = unsafe {
+            sys::cuTensorMapEncodeTiled(
+                &mut map,
+                CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                2,
+                of.address as *mut _,
+                dims.as_ptr(),
+                strides.as_ptr(),
+                [64, high as u32].as_ptr(),
+                [1, 1].as_ptr(),
+                sys::CUtensorMapInterleave_enum::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                sys::CUtensorMapSwizzle_enum::CU_TENSOR_MAP_SWIZZLE_128B,
+                sys::CUtensorMapL2promotion_enum::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                sys::CUtensorMapFloatOOBfill_enum::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        };
+        status.result().map_err(|e| failed(format!("a tensor map of {dims:?}, rows {ld} apart"), e))?;
+        Ok(TensorMap(map.opaque))
     }
 
     fn product(&self, p: &Product, a: View, b: View, d: View, bias: Option<View>) -> Result<(), CudaError> {

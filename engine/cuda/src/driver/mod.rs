@@ -51,6 +51,11 @@ impl Product {
     }
 }
 
+/// What the tensor memory accelerator has to know of a matrix: `TensorMap` of `kernels/hopper.cuh`.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub(crate) struct TensorMap(pub(crate) [u64; 16]);
+
 /// Which of a convolution's products.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ConvPass {
@@ -87,6 +92,8 @@ pub(crate) trait Driver: Debug {
     fn fill(&self, to: Address, byte: u8, bytes: usize) -> Result<(), CudaError>;
     /// Runs a kernel.
     fn launch(&self, kernel: Kernel, shape: Shape, arguments: Arguments) -> Result<(), CudaError>;
+    /// A map of bf16 `[rows, columns]`, rows `ld` elements apart, copied in boxes of `high` rows and 64 columns.
+    fn tensor_map(&self, of: View, dims: [usize; 2], ld: usize, high: usize) -> Result<TensorMap, CudaError>;
     /// A dense product. `a` and `b` have one element type; `d` that type or f32; `bias` `[n]` the type of `d`.
     fn product(&self, p: &Product, a: View, b: View, d: View, bias: Option<View>) -> Result<(), CudaError>;
     /// A dense or grouped convolution over channels-last x `[B,H,W,Ci]`, y `[B,H',W',Co]` and weights

@@ -8,7 +8,7 @@ use mcpipe_graph::Op;
 
 use super::elementwise;
 use crate::device::Device;
-use crate::driver::Product;
+use crate::driver::{Product, TensorMap};
 use crate::error::CudaError;
 use crate::launch::{Argument, Shape, launch};
 use crate::view::{Address, Element, Forward, Grad, View, Vjp};
@@ -20,10 +20,17 @@ const THREADS: u32 = 256;
 /// Teachers of one launch of statistics: as many as shared memory holds running sums of.
 const GROUP: usize = 4;
 /// Bytes of the columns' partials of a strip of rows.
-const PARTIALS: usize = 40 << 20;
-/// Bytes of the part of G that is in memory at a time, and its most rows: a product of 8,192 rows keeps a large GPU busy.
-const GRADIENT: usize = 56 << 20;
-const GRADIENT_ROWS: usize = 8192;
+const PARTIALS: usize = 24 << 20;
+/// Bytes of the part of G that is in memory at a time, and its most rows: a product of so many keeps a large GPU busy.
+const GRADIENT: usize = 48 << 20;
+const GRADIENT_ROWS: usize = 6144;
+/// Threads of a block of `relational_*_sm90a`, and row tiles that two blocks have between them.
+const THREADS_SM90A: u32 = 384;
+const PAIR: usize = 2;
+/// Stages of the copies to shared memory there, 32 kB each.
+const STAGES_SM90A: usize = 6;
+/// Pairs of embeddings it takes at a time.
+const MAPPED: usize = 5;
 
 #[derive(Clone, Copy)]
 #[repr(C)]
@@ -45,7 +52,18 @@ struct Operands {
 // SAFETY: repr(C), and mirrors the C++ struct.
 unsafe impl Argument for Operands {}
 
-/// `Targets` there.
+/// `Maps` of `kernels/relational_sm90a.cu`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Maps {
+    left: [TensorMap; MAPPED],
+    right: [TensorMap; MAPPED],
+    dim: [i32; 16],
+}
+// SAFETY: as above.
+unsafe impl Argument for Maps {}
+
+/// `Targets` of `kernels/relational.cuh`.
 #[derive(Clone, Copy)]
 #[repr(C)]
 struct Targets {
@@ -96,8 +114,15 @@ struct Strips {
 }
 
 impl Strips {
-    /// The cheapest: `rows` × `cols` tiles on `processors` blocks at a time, at most `most` tiles of rows in a strip.
-    fn new(rows: usize, cols: usize, processors: usize, most: usize) -> Self {
+    /// The cheapest: `rows` × `cols` tiles on `processors` blocks at a time, at most `most` tiles of rows in a strip, a
+    /// multiple of `side` where tiles are that many together.
+    fn new(rows: usize, cols: usize, processors: usize, most: usize, side: usize) -> Self {
+        let [rows, processors, most] = [rows.div_ceil(side), (processors / side).max(1), most / side];
+        let found = Strips::of_ones(rows, cols, processors, most);
+        Strips { tiles: side * found.tiles, ..found }
+    }
+
+    fn of_ones(rows: usize, cols: usize, processors: usize, most: usize) -> Self {
         // In tiles: what the start and the merging of a strip take.
         const STRIP: usize = 2;
         let cost = |s: &Strips| {
@@ -118,6 +143,8 @@ pub struct Pairs<'a> {
     d: &'a Relational,
     /// Products' operands in bf16, not in f32.
     rounded: bool,
+    /// Only kernels that run everywhere.
+    portable: bool,
 }
 
 impl<'a> Pairs<'a> {
@@ -131,8 +158,18 @@ impl<'a> Pairs<'a> {
             None if d.cols > i32::MAX as usize / 64 => {
                 Err(CudaError::Unsupported("relational: a batch too large".into()))
             }
-            None => Ok(Pairs { d, rounded }),
+            None => Ok(Pairs { d, rounded, portable: false }),
         }
+    }
+
+    /// Without the kernels that are for one kind of device.
+    pub fn portable(self) -> Self {
+        Pairs { portable: true, ..self }
+    }
+
+    /// Whether `teachers` go through `relational_sm90a.cu`.
+    fn by_groups(&self, dev: &Device, teachers: usize) -> bool {
+        self.rounded && !self.portable && teachers < MAPPED && dev.capability() == 90
     }
 
     fn teachers(&self) -> usize {
@@ -214,6 +251,20 @@ impl<'a> Pairs<'a> {
         out
     }
 
+    /// The same for `relational_sm90a.cu`: boxes of 128 rows left, of 64 right.
+    fn maps(&self, dev: &Device, ready: &Ready, teachers: std::ops::Range<usize>) -> Result<Maps, CudaError> {
+        let none = [TensorMap::default(); MAPPED];
+        let mut out = Maps { left: none, right: none, dim: [0; 16] };
+        for (place, set) in std::iter::once(0).chain(teachers.map(|k| 1 + k)).enumerate() {
+            let dim = if set == 0 { self.d.dim } else { self.d.teachers[set - 1] };
+            let [left, right] = ready.sets[set];
+            out.left[place] = dev.tensor_map(left.view, [self.d.rows, dim], left.ld, TILE)?;
+            out.right[place] = dev.tensor_map(right.view, [self.d.cols, dim], right.ld, TILE / 2)?;
+            out.dim[place] = dim as i32;
+        }
+        Ok(out)
+    }
+
     /// Statistics of the rows held, and of the columns over these rows.
     ///
     /// # Errors
@@ -231,7 +282,10 @@ impl<'a> Pairs<'a> {
         let [blocks, words] = if self.rounded { [2, 1] } else { [1, 2] };
         let quantities = 1 + 2 * groups.iter().map(|g| g.len()).max().unwrap_or(0);
         let each = blocks * quantities * stride * words;
-        let strips = Strips::new(rows, cols, dev.processors(), PARTIALS / (4 * each));
+        let most = groups.iter().map(|g| g.len()).max().unwrap_or(0);
+        let by_groups = self.by_groups(dev, most);
+        let together = if by_groups { PAIR } else { 1 };
+        let strips = Strips::new(rows, cols, dev.processors(), PARTIALS / (4 * each), together);
         let col_parts = dev.scratch(strips.tiles * each, Element::F32)?;
         let strip_rows = strips.tiles * side;
         let row_parts = dev.scratch(strips.parts * quantities * strip_rows * words, Element::F32)?;
@@ -241,12 +295,33 @@ impl<'a> Pairs<'a> {
             let (p, sides) = (self.problem(group.len()), self.operands(&ready, group.clone()));
             for first in (0..rows).step_by(strips.tiles) {
                 let tiles = strips.tiles.min(rows - first);
-                let (row0, grid) = ((first * side) as i32, tiles * strips.parts);
+                let (row0, grid) = ((first * side) as i32, tiles.next_multiple_of(together) * strips.parts);
                 // The first launch sums the targets' logits too.
                 let to_dots = if group.start == 0 { dots.address } else { 0 };
                 let (scale, t, count) = (ins[2], ready.targets, tiles as i32);
                 let parts = [row_parts, col_parts].map(|v| v.address);
-                if self.rounded {
+                if by_groups {
+                    let maps = self.maps(dev, &ready, group.clone())?;
+                    // Columns' partials of 16 rows, rows' statistics.
+                    let room = (4 * 4 + 1 + group.len()) * TILE * 12;
+                    let shape = Shape::row(grid, THREADS_SM90A).shared(1024 + STAGES_SM90A * 2 * TILE * TILE + room);
+                    launch!(
+                        dev,
+                        "relational_sm90a",
+                        "relational_statistics_sm90a",
+                        shape,
+                        maps,
+                        p,
+                        t,
+                        scale,
+                        parts[0],
+                        parts[1],
+                        to_dots,
+                        row0,
+                        count,
+                        STAGES_SM90A as i32
+                    )?;
+                } else if self.rounded {
                     let stages = stages(dev);
                     let shared = stages * 2 * TILE * TILE + (1 + group.len()) * 4 * TILE * 12;
                     let shape = Shape::row(grid, THREADS).shared(shared);
@@ -285,7 +360,7 @@ impl<'a> Pairs<'a> {
                     )?;
                 }
                 let strip_rows = tiles * side;
-                let [col_blocks, row_blocks] = [self.d.cols, strip_rows].map(|n| n.div_ceil(256));
+                let [col_blocks, row_blocks] = [self.d.cols, strip_rows].map(|n| n.div_ceil(32));
                 let [row_state, col_state, scalars] = [saved[0], saved[1], saved[2]].map(|v| v.address);
                 launch!(
                     dev,
@@ -391,7 +466,7 @@ impl<'a> Pairs<'a> {
             }
             entropies = (sums, blocks);
         }
-        let (shape, count) = (Shape::row(1, 512), entropies.1 as i32);
+        let (shape, count) = (Shape::row(1, 1024), entropies.1 as i32);
         let [rows, cols, scalars] = [saved[0], saved[1], saved[2]].map(|v| v.address);
         let (file_sums, out) = (entropies.0.address, out);
         launch!(dev, "relational_merge", "relational_finish", shape, p, rows, cols, scalars, file_sums, count, out)
@@ -429,7 +504,13 @@ impl<'a> Pairs<'a> {
         } else {
             factors = self.log_sums(dev, saved)?;
         }
-        let blocks = ((high / side) * (wide / side)).min(dev.processors());
+        let by_groups = self.by_groups(dev, self.teachers());
+        let maps = by_groups.then(|| self.maps(dev, &ready, 0..self.teachers())).transpose()?;
+        let blocks = if by_groups {
+            PAIR * (high.div_ceil(PAIR * side) * (wide / side)).min((dev.processors() / PAIR).max(1))
+        } else {
+            ((high / side) * (wide / side)).min(dev.processors())
+        };
         let sums = dev.scratch(2 * blocks, Element::F32)?;
         let mut wanted = Vec::new();
         for grad in &grads[..2] {
@@ -449,7 +530,31 @@ impl<'a> Pairs<'a> {
                 let fresh = i32::from(row0 == 0 && col0 == 0);
                 let (t, ld) = (ready.targets, wide as i64);
                 let [row, col, to, sum] = [factors[0], factors[1], g, sums].map(|v| v.address);
-                if self.rounded {
+                if let Some(maps) = maps {
+                    let shape = Shape::row(blocks, THREADS_SM90A).shared(1024 + STAGES_SM90A * 2 * TILE * TILE);
+                    launch!(
+                        dev,
+                        "relational_sm90a",
+                        "relational_gradient_sm90a",
+                        shape,
+                        maps,
+                        p,
+                        t,
+                        ins[2],
+                        dout,
+                        row,
+                        col,
+                        to,
+                        ld,
+                        sum,
+                        places[0],
+                        places[1],
+                        places[2],
+                        places[3],
+                        fresh,
+                        STAGES_SM90A as i32
+                    )?;
+                } else if self.rounded {
                     let stages = stages(dev);
                     let shape = Shape::row(blocks, THREADS).shared(stages * 2 * TILE * TILE);
                     launch!(
@@ -568,5 +673,5 @@ pub(crate) fn vjp(dev: &Device, op: &Op, io: Vjp<'_>) -> Result<(), CudaError> {
 
 /// What the forward saves on the device.
 pub(crate) fn saved(d: &Relational) -> Vec<usize> {
-    Pairs { d, rounded: false }.saved().to_vec()
+    Pairs { d, rounded: false, portable: true }.saved().to_vec()
 }

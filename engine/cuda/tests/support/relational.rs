@@ -334,8 +334,19 @@ impl OnDevice {
 
 /// All stages in one process, gradients overwritten.
 pub fn run(dev: &Device, p: &Problem, element: Element, rounded: bool, dl: [f32; 2]) -> Result<Found, CudaError> {
+    run_by(dev, p, &Pairs::new(&p.d, rounded)?, element, rounded, dl)
+}
+
+pub fn run_by(
+    dev: &Device,
+    p: &Problem,
+    pairs: &Pairs<'_>,
+    element: Element,
+    rounded: bool,
+    dl: [f32; 2],
+) -> Result<Found, CudaError> {
     let on = OnDevice::new(dev, p, element, rounded, dl, f32::NAN)?;
-    let (pairs, saved) = (Pairs::new(&p.d, rounded)?, on.saved());
+    let saved = on.saved();
     pairs.statistics(dev, &on.ins, &saved)?;
     dev.release_scratch();
     pairs.finish(dev, &on.ins, &saved, on.out.view)?;

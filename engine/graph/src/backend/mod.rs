@@ -61,6 +61,10 @@ pub trait Layout {
     fn dtype(&self, _graph: &StepGraph, _id: ValueId) -> Dtype {
         Dtype::F32
     }
+    /// Whether slots are ranges of one memory that may overlap where their tensors' lives don't meet.
+    fn overlaps(&self) -> bool {
+        false
+    }
     /// What an op's VJP reads.
     fn needs(&self, op: &Op) -> Needs {
         op.needs()
@@ -180,6 +184,14 @@ pub trait Backend: Layout {
     /// # Errors
     /// The device's memory does not suffice.
     fn allocate(&mut self, bytes: &[usize]) -> Result<Vec<Self::Buffer>, BackendError>;
+    /// A buffer for each of the ranges (start and size in bytes) of one memory of `total` bytes; for a backend that
+    /// [overlaps](Layout::overlaps).
+    ///
+    /// # Errors
+    /// The device's memory does not suffice.
+    fn allocate_ranges(&mut self, _total: usize, ranges: &[(usize, usize)]) -> Result<Vec<Self::Buffer>, BackendError> {
+        self.allocate(&ranges.iter().map(|(_, size)| *size).collect::<Vec<_>>())
+    }
     /// Called before each walk forward over `graph`.
     ///
     /// # Errors

@@ -111,6 +111,18 @@ impl GraphBuilder {
         Ok(self.op(Op::SliceRows { batch, tokens, width, start, len }, &[x], vec![batch, len, width]))
     }
 
+    /// Element `i` of a list → scalar, which stays `f32` wherever the list does.
+    ///
+    /// # Errors
+    /// There is no such element.
+    pub fn pick(&mut self, x: &Tensor, i: usize) -> Result<Tensor, GraphError> {
+        let tokens = x.numel();
+        if i >= tokens {
+            return Err(self.refuse("pick", &[x], format!("it has no element {i}")));
+        }
+        Ok(self.op(Op::SliceRows { batch: 1, tokens, width: 1, start: i, len: 1 }, &[x], vec![1]))
+    }
+
     /// Axes reordered: output axis i is input axis `axes[i]`.
     ///
     /// # Errors

@@ -51,11 +51,13 @@ pub fn model_record(model: &TeacherModel, training: Option<TrainingRecord>) -> R
     })
 }
 
-/// A training's settings that its result depends on: how often the state is saved is none.
+/// A training's settings that its result depends on: how often the state is saved is none, nor whether activations are
+/// computed twice.
 pub fn training_settings(training: &mcpipe_spec::Training) -> Value {
     let mut value = json!(training);
     if let Some(object) = value.as_object_mut() {
         object.remove("checkpoint");
+        object.remove("recompute");
     }
     value
 }

@@ -41,6 +41,10 @@ pub struct Training {
     #[serde(default = "one")]
     #[schemars(range(min = 1, max = 65536))]
     pub accumulate: usize,
+    /// Compute most of the student's activations a second time in the backward instead of keeping them: much less memory,
+    /// about a third more work, the same result.
+    #[serde(default)]
+    pub recompute: bool,
     /// What linear layers and dense convolutions round their operands to. Weights, sums, norms, attention and losses stay
     /// f32, and so do evaluations.
     #[serde(default)]

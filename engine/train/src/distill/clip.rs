@@ -13,5 +13,6 @@ pub const CLIP: &str = "clip";
 pub(crate) fn clip_loss(g: &mut GraphBuilder, c: &BatchContext) -> Result<Tensor, ModelError> {
     let dim = c.image_bd.shape()[1];
     let d = Contrastive { rows: c.batch, cols: c.batch, dim, w_row: 0.5, w_col: 0.5, subtract_entropy: false };
-    Ok(g.contrastive(d, &c.image_bd, &c.text_bd, &c.scale, [&c.targets[0], &c.targets[1]])?)
+    let [rows, columns] = c.targets(g);
+    Ok(g.contrastive(d, &c.image_bd, &c.text_bd, &c.scale, [&rows, &columns])?)
 }

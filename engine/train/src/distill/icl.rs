@@ -42,6 +42,7 @@ impl Level for Interactive {
 
     fn batch_loss(&self, g: &mut GraphBuilder, c: &BatchContext) -> Result<Option<Tensor>, ModelError> {
         let mut losses = Vec::new();
+        let [image_to_text, text_to_image] = c.targets(g);
         for teacher in &c.teachers {
             let path = c.path.at(&teacher.name);
             let (Some(image_bd), Some(text_bd)) = (teacher.image_bd(g), teacher.text_bd(g)) else { continue };
@@ -53,9 +54,9 @@ impl Level for Interactive {
                 g.contrastive(d, ours, theirs, &c.scale, targets)
             };
             let ours_bd = to_teacher(g, &path.at("image"), &c.image_bd, text_bd.shape()[1])?;
-            let images = rows(g, &ours_bd, &text_bd, [&c.targets[0], &c.targets[1]])?;
+            let images = rows(g, &ours_bd, &text_bd, [&image_to_text, &text_to_image])?;
             let ours_bd = to_teacher(g, &path.at("text"), &c.text_bd, image_bd.shape()[1])?;
-            let texts = rows(g, &ours_bd, &image_bd, [&c.targets[1], &c.targets[0]])?;
+            let texts = rows(g, &ours_bd, &image_bd, [&text_to_image, &image_to_text])?;
             losses.push(g.add(&images, &texts)?);
         }
         mean(g, &losses)

@@ -69,13 +69,15 @@ impl Level for Logits {
         problems
     }
 
+    fn relational_temperature(&self) -> Option<f32> {
+        Some(self.temperature as f32)
+    }
+
     fn batch_loss(&self, g: &mut GraphBuilder, c: &BatchContext) -> Result<Option<Tensor>, ModelError> {
         let temperature = self.temperature as f32;
         let mut mean: Option<[Tensor; 2]> = None;
         for teacher in &c.teachers {
-            let Some(a_bd) = teacher.scaled_bd(g) else { continue };
-            let other = if teacher.text.is_some() { teacher.text_bd(g) } else { teacher.image_bd(g) };
-            let Some(b_bd) = other else { continue };
+            let Some((a_bd, b_bd)) = teacher.sides(g) else { continue };
             let rows = g.matmul(&a_bd, false, &b_bd, true, 1.0)?;
             let columns = g.matmul(&b_bd, false, &a_bd, true, 1.0)?;
             let p = [g.softmax(&rows, temperature), g.softmax(&columns, temperature)];

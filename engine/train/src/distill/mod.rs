@@ -22,6 +22,7 @@ use mcpipe_spec::{Component, ComponentKind, Distill, Params, ParamsError};
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::{Deserialize, Serialize};
 
+use crate::losses::{IMAGE_TO_TEXT, TEXT_TO_IMAGE};
 use crate::setup::Term;
 use crate::tower::{StudentShape, TeacherShape};
 
@@ -92,10 +93,15 @@ pub struct BatchContext {
     pub text_trained: bool,
     /// exp(logit scale) `[1]`.
     pub scale: Tensor,
-    /// CLIP's targets: rows image → text, rows text → image, `[B, B]` each.
-    pub targets: [Tensor; 2],
     /// The term's teachers.
     pub teachers: Vec<TeacherInputs>,
+}
+
+impl BatchContext {
+    /// CLIP's targets: rows image → text, rows text → image, `[B, B]` each.
+    pub fn targets(&self, g: &mut GraphBuilder) -> [Tensor; 2] {
+        [IMAGE_TO_TEXT, TEXT_TO_IMAGE].map(|name| g.input(name, &[self.batch, self.batch]))
+    }
 }
 
 /// A teacher's embeddings as inputs of the loss graph.
@@ -125,6 +131,13 @@ impl TeacherInputs {
     /// Its normalised text embeddings.
     pub fn text_bd(&self, g: &mut GraphBuilder) -> Option<Tensor> {
         self.text.map(|dim| g.input(teacher_input(&self.name, Fed::Text), &[self.batch, dim]))
+    }
+
+    /// The sides of its logits `(u, v)`, u·vᵀ: text–text for a teacher of text only, image–image for one of images only.
+    pub(crate) fn sides(&self, g: &mut GraphBuilder) -> Option<(Tensor, Tensor)> {
+        let u_bd = self.scaled_bd(g)?;
+        let v_bd = if self.text.is_some() { self.text_bd(g)? } else { self.image_bd(g)? };
+        Some((u_bd, v_bd))
     }
 
     /// Its normalised image embeddings (text embeddings where it has no image tower) times its logit scale.
@@ -178,6 +191,12 @@ pub trait Level: Debug + Send + Sync {
     /// Sizes that don't fit together.
     fn batch_loss(&self, _: &mut GraphBuilder, _: &BatchContext) -> Result<Option<Tensor>, ModelError> {
         Ok(None)
+    }
+
+    /// The temperature, where its loss over the whole batch is the relational one of
+    /// [`Op::Relational`](mcpipe_graph::Op::Relational): such a level may be computed without its `[B, B]` logits.
+    fn relational_temperature(&self) -> Option<f32> {
+        None
     }
 
     /// Adds the target of a pair to the teacher's graph.

@@ -80,16 +80,15 @@ pub(crate) fn precision(of: mcpipe_spec::Precision) -> Precision {
     }
 }
 
-fn check_precision(device: &Device, wanted: Precision) -> Result<(), CudaError> {
-    let capability = device.capability();
+/// Refuses a precision that a device of compute capability `capability` lacks.
+fn check_precision(name: &str, capability: u32, wanted: Precision) -> Result<(), CudaError> {
     if wanted == Precision::F32 || capability >= ROUNDING_CAPABILITY {
         return Ok(());
     }
-    let name = if wanted == Precision::Tf32 { "tf32" } else { "bf16" };
+    let precision = if wanted == Precision::Tf32 { "tf32" } else { "bf16" };
     let (have, need) = (f64::from(capability) / 10.0, f64::from(ROUNDING_CAPABILITY) / 10.0);
     Err(CudaError::Unavailable(format!(
-        "{} (compute capability {have:.1}) has no {name}, which needs {need:.1}; set `precision = \"f32\"`",
-        device.name()
+        "{name} (compute capability {have:.1}) has no {precision}, which needs {need:.1}; set `precision = \"f32\"`"
     )))
 }
 
@@ -134,23 +133,25 @@ impl CudaMachine {
         device: &Device,
     ) -> Result<Self, TrainError> {
         let precision = precision(setup.training.precision);
-        check_precision(device, precision)?;
+        check_precision(&device.name(), device.capability(), precision)?;
         let optimizer = &setup.optimizer;
         let rule = optimizer
             .rule()
             .ok_or_else(|| TrainError::Setup(format!("the optimizer `{}` runs on the CPU alone", optimizer.name())))?;
-        let params = Parameters::upload(device, &state.store)?;
-        let grads = Gradients::zeros_like(device, &state.store)?;
-        let averages = state.averages.iter().map(|a| Parameters::upload(device, &a.store));
-        let averages = averages.collect::<Result<Vec<_>, CudaError>>()?;
-        let slots = (0..optimizer.slots().len()).map(|s| Parameters::upload(device, &slot_store(state, s)));
-        let slots = slots.collect::<Result<Vec<_>, CudaError>>()?;
+        let upload = |what: &str, store: &ParamStore| Parameters::upload(device, store).map_err(memory::of(what));
+        let params = upload("the student's weights", &state.store)?;
+        let grads = Gradients::zeros_like(device, &state.store).map_err(memory::of("the gradients"))?;
+        let averages = state.averages.iter().map(|a| upload("a running average", &a.store));
+        let averages = averages.collect::<Result<Vec<_>, TrainError>>()?;
+        let slots = (0..optimizer.slots().len()).map(|s| upload("the optimizer's state", &slot_store(state, s)));
+        let slots = slots.collect::<Result<Vec<_>, TrainError>>()?;
         let mut frozen = Vec::new();
         for (t, teacher) in setup.teachers.iter().enumerate() {
             let graph = graphs.teachers.iter().find(|run| run.teacher == t).and_then(|run| run.graph.as_ref());
             frozen.push(match (&teacher.model, graph) {
                 (TeacherModel::Frozen { image: Some(image), .. }, Some(graph)) => {
-                    Some(Parameters::upload(device, &image.store.subset(graph)?)?)
+                    let what = format!("the weights of teacher {}", teacher.name);
+                    Some(upload(&what, &image.store.subset(graph)?)?)
                 }
                 _ => None,
             });
@@ -431,5 +432,22 @@ impl Machine for CudaMachine {
             on_device.update(&self.device, &slot_store(state, s))?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_precision_that_the_device_lacks_is_told() {
+        let said = |wanted| check_precision("GPU 0: Tesla T4", 75, wanted).map_err(|e| e.to_string());
+        assert_eq!(said(Precision::F32), Ok(()));
+        assert_eq!(
+            said(Precision::Bf16).unwrap_err(),
+            "GPU 0: Tesla T4 (compute capability 7.5) has no bf16, which needs 8.0; set `precision = \"f32\"`"
+        );
+        assert!(said(Precision::Tf32).unwrap_err().contains("has no tf32"));
+        assert_eq!(check_precision("GPU 0", 80, Precision::Bf16), Ok(()));
     }
 }

@@ -1,14 +1,27 @@
 //! What to do when a device's memory does not suffice.
 
-use mcpipe_cuda::{CudaError, Device};
+use mcpipe_cuda::{CudaError, Device, size};
 use mcpipe_graph::ExecError;
+use mcpipe_graph::backend::BackendError;
+use mcpipe_spec::Training;
 
 use crate::error::TrainError;
 use crate::plan::StepPlan;
 use crate::setup::TrainSetup;
 
-/// Share of a device's memory that a plan may fill: libraries and scratch memory take the rest.
+/// Share of the memory that a plan may fill: libraries and scratch memory take the rest.
 const SHARE: f64 = 0.9;
+
+/// Names what the memory was wanted for.
+pub(super) fn of(what: &str) -> impl FnOnce(CudaError) -> TrainError {
+    move |e| match e {
+        CudaError::OutOfMemory { .. } => {
+            let (label, reason) = (what.to_owned(), e.to_string());
+            ExecError::Backend(BackendError { op: "memory", label, reason }).into()
+        }
+        other => other.into(),
+    }
+}
 
 /// Adds to an error of full memory what would fit; other errors stay as they are.
 pub(super) fn explain(setup: &TrainSetup, device: &Device, error: TrainError) -> TrainError {
@@ -20,38 +33,47 @@ pub(super) fn explain(setup: &TrainSetup, device: &Device, error: TrainError) ->
     if !full {
         return error;
     }
-    let room = (device.memory().1 as f64 * SHARE) as usize;
+    // What other programs hold won't come back.
+    let room = (device.room() as f64 * SHARE) as usize;
     TrainError::OutOfMemory { what: error.to_string(), advice: advice(setup, room) }
 }
 
-fn gib(bytes: usize) -> String {
-    format!("{:.1} GiB", bytes as f64 / f64::from(1 << 30))
-}
-
-/// The least accumulation, else the greatest batch, that fits into `room` bytes by the plan's arithmetic.
-pub(super) fn advice(setup: &TrainSetup, room: usize) -> String {
-    let bytes = |batch_size: usize, accumulate: usize| -> Option<usize> {
+/// What of a setup fits into `room` bytes by the plan's arithmetic: recomputation, the least accumulation that keeps the
+/// batch, the greatest batch in as many parts as now.
+fn advice(setup: &TrainSetup, room: usize) -> String {
+    let t = &setup.training;
+    let planned = |change: &dyn Fn(&mut Training)| {
         let mut other = setup.clone();
-        other.training.batch_size = batch_size;
-        other.training.accumulate = accumulate;
+        change(&mut other.training);
         Some(StepPlan::new(&other, true).ok()?.bytes())
     };
-    let t = &setup.training;
-    let planned = bytes(t.batch_size, t.accumulate);
-    let needs = planned.map_or_else(String::new, |b| format!("the plan needs {}; ", gib(b)));
-    let doubled = |n: &usize| Some(2 * n);
-    let parts = std::iter::successors(Some(2 * t.accumulate), doubled)
-        .take_while(|parts| 2 * parts <= t.batch_size)
-        .filter(|parts| t.batch_size.is_multiple_of(*parts));
-    for parts in parts {
-        if let Some(b) = bytes(t.batch_size, parts).filter(|b| *b <= room) {
-            return format!("{needs}`accumulate = {parts}` would need {} for the same steps", gib(b));
-        }
+    let Some(now) = planned(&|_| ()) else { return "no plan can be made".into() };
+    // Where it should have fitted, something else took the memory: a good deal less is to be tried.
+    let most = if now <= room { now / 4 * 3 } else { room };
+    let fits = |change: &dyn Fn(&mut Training)| planned(change).filter(|b| *b <= most);
+    let mut list = Vec::new();
+    if let Some(bytes) = fits(&|t| t.recompute = true).filter(|_| !t.recompute) {
+        list.push(format!("`recompute = true` with {} for the same steps", size(bytes)));
     }
-    for batch in std::iter::successors(Some(t.batch_size / 2), |n| Some(n / 2)).take_while(|n| *n >= 2) {
-        if let Some(b) = bytes(batch, 1).filter(|b| *b <= room) {
-            return format!("{needs}`batch_size = {batch}` would need {}", gib(b));
-        }
+    let parts = (t.accumulate + 1..=t.batch_size / 2).filter(|parts| t.batch_size.is_multiple_of(*parts));
+    if let Some((parts, bytes)) = parts.into_iter().find_map(|p| Some((p, fits(&|t| t.accumulate = p)?))) {
+        list.push(format!("`accumulate = {parts}` with {} for the same steps", size(bytes)));
     }
-    format!("{needs}no smaller batch fits by the plan: another model or a larger GPU is needed")
+    // Halving: a batch that fits, and one above it that doesn't.
+    let (mut low, mut high) = (0, t.batch_size / t.accumulate);
+    while high - low > 1 {
+        let middle = low.midpoint(high);
+        if fits(&|t| t.batch_size = middle * t.accumulate).is_some() { low = middle } else { high = middle }
+    }
+    let batch_size = low * t.accumulate;
+    if low >= 2
+        && let Some(bytes) = fits(&|t| t.batch_size = batch_size)
+    {
+        list.push(format!("`batch_size = {batch_size}` with {}", size(bytes)));
+    }
+    let needs = format!("the step needs {} by the plan, and there is room for {}", size(now), size(room));
+    match list.is_empty() {
+        true => format!("{needs}; no smaller batch fits: another model or a larger GPU is needed"),
+        false => format!("{needs}; what fits: {}", list.join(", or ")),
+    }
 }

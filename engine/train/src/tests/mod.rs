@@ -6,7 +6,11 @@ mod checkpoints;
 mod device;
 mod gradients;
 mod levels;
+#[cfg(feature = "shim")]
+mod memory;
 mod non_finite;
+mod pairs;
+mod recompute;
 mod steps;
 
 use std::rc::Rc;
@@ -154,6 +158,7 @@ pub(super) fn training(steps: u64, batch_size: usize, accumulate: usize) -> Trai
         steps,
         batch_size,
         accumulate,
+        recompute: false,
         precision: mcpipe_spec::Precision::F32,
         clip_norm: None,
         log_every: 10,

@@ -22,7 +22,7 @@ use libloading::Library;
 use mcpipe_cpu::conv::Conv2d;
 
 use self::recording::Job;
-use super::{ConvPass, Driver, Product};
+use super::{ConvPass, Driver, Product, TensorMap};
 use crate::error::CudaError;
 use crate::launch::{Arguments, Kernel, Kind, Shape};
 use crate::view::{Address, View};
@@ -76,12 +76,17 @@ fn layout(bytes: usize) -> Layout {
 impl Shim {
     /// With the library that `MCPIPE_SHIM` names.
     pub(crate) fn from_env() -> Result<Self, CudaError> {
+        let total = std::env::var("MCPIPE_SHIM_MEMORY").ok().and_then(|s| s.parse().ok()).unwrap_or(TOTAL);
+        Shim::from_env_of(total)
+    }
+
+    /// The same as a device of `total` bytes.
+    pub(crate) fn from_env_of(total: usize) -> Result<Self, CudaError> {
         let Some(path) = std::env::var_os("MCPIPE_SHIM") else {
             let text =
                 "MCPIPE_SHIM names no library of kernels: `tests/kernels/run shim` builds one and prints its path";
             return Err(CudaError::Unavailable(text.into()));
         };
-        let total = std::env::var("MCPIPE_SHIM_MEMORY").ok().and_then(|s| s.parse().ok()).unwrap_or(TOTAL);
         Shim::open(Path::new(&path), total)
     }
 
@@ -273,6 +278,18 @@ impl Driver for Shim {
             return Err(failed(call, String::from_utf8_lossy(&error[..end])));
         }
         self.check_guards(&call)
+    }
+
+    fn tensor_map(&self, of: View, dims: [usize; 2], ld: usize, high: usize) -> Result<TensorMap, CudaError> {
+        let bytes = 2 * ((dims[0] - 1) * ld + dims[1]);
+        self.check("a tensor map", of.address, bytes)?;
+        // What cuTensorMapEncodeTiled refuses.
+        if !of.address.is_multiple_of(16) || !ld.is_multiple_of(8) || high > 256 {
+            return Err(failed("a tensor map", format!("{dims:?} at {:#x}, rows {ld} apart", of.address)));
+        }
+        let mut map = TensorMap::default();
+        map.0[..5].copy_from_slice(&[of.address, dims[1] as u64, dims[0] as u64, 2 * ld as u64, high as u64]);
+        Ok(map)
     }
 
     fn product(&self, p: &Product, a: View, b: View, d: View, bias: Option<View>) -> Result<(), CudaError> {
