@@ -312,11 +312,16 @@ __device__ __forceinline__ void for_each_target(const Problem& p, const Targets&
     }
 }
 
+__device__ __forceinline__ double warp_sum_wide(double x) {
+#pragma unroll
+  for (int o = 16; o > 0; o >>= 1) x += __shfl_xor_sync(FULL, x, o);
+  return x;
+}
+
 // A block's sum in a fixed order; thread 0 gets it. `room`: 32 doubles.
 __device__ __forceinline__ double block_sum_wide(double x, double* room) {
   int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = (blockDim.x + 31) >> 5;
-#pragma unroll
-  for (int o = 16; o > 0; o >>= 1) x += __shfl_xor_sync(FULL, x, o);
+  x = warp_sum_wide(x);
   if (lane == 0) room[warp] = x;
   __syncthreads();
   double sum = 0.0;

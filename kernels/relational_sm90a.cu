@@ -158,13 +158,12 @@ __device__ __forceinline__ unsigned char* aligned(unsigned char* room) {
 
 // relational_statistics of relational.cu: pairs of tiles of rows, the last one alone where `row_tiles` is odd. Block b has
 // row tile b % n of n, row_tiles rounded up to pairs, and part b / n of the columns. Dynamic shared memory: 1 kB to align,
-// `stages` stages of 32 kB, the columns' rooms of 4·4·128 parts, 128 running parts for each set.
+// `stages` stages of 32 kB, the columns' rooms of 4·4·128 parts, 128 running parts for each set. dots [8·blocks][2].
 extern "C" __global__ void CLUSTER_OF_TWO __launch_bounds__(THREADS, 1)
     relational_statistics_sm90a(const __grid_constant__ Maps maps, const __grid_constant__ Problem p,
                                 const __grid_constant__ Targets targets, View scale, float* row_parts, float* col_parts,
                                 double* dots, int row0, int row_tiles, int stages) {
   DYNAMIC_SHARED(shared);
-  __shared__ double sums[32];
   __shared__ __align__(8) u64 bars[2 * MOST_STAGES];
   unsigned char* room = aligned(shared);
   int lane = threadIdx.x & 31, group = threadIdx.x / GROUP_THREADS - 1, K = p.teachers;
@@ -173,18 +172,20 @@ extern "C" __global__ void CLUSTER_OF_TWO __launch_bounds__(THREADS, 1)
   int first = (int)((i64)wide * part / parts), last = (int)((i64)wide * (part + 1) / parts);
   Part<float>* rooms = (Part<float>*)(room + stages * STAGE);
   Part<float>* held = rooms + 4 * 4 * TILE;
-  for (int i = threadIdx.x; i < (1 + K) * TILE; i += THREADS) held[i] = {-INFINITY, 0.0f, 0.0f};
 
   Ring ring(room, bars, stages);
   AlongColumns walk = {last - first, 1 + K, row0 + tile * TILE, first};
   bool real = tile < row_tiles;
-  float dot_row = 0.0f, dot_col = 0.0f;
   if (group < 0) {
     fewer_registers<24>();
     if (threadIdx.x == 0) copy_all(ring, maps, walk);
   } else {
     more_registers<240>();
-    int own = group * 64 + (threadIdx.x / 32 & 3) * 16;
+    int warp = threadIdx.x / 32 - 4, own = warp * 16;
+    // A warp's rows are its own from here to their end.
+    if (lane < 16)
+      for (int set = 0; set <= K; set++) held[set * TILE + own + lane] = {-INFINITY, 0.0f, 0.0f};
+    __syncwarp();
     float* columns = col_parts + (i64)(2 * tile + group) * (1 + 2 * K) * p.col_stride;
     Statistics<1, 16, float, GroupColumns> s = {
         p, targets, lane, walk.row0 + own, load(scale, 0) * LOG2E, dots != nullptr,
@@ -198,17 +199,17 @@ extern "C" __global__ void CLUSTER_OF_TWO __launch_bounds__(THREADS, 1)
         if (real) s.teacher(k, x, y, j * TILE);
       }
     }
-    dot_row = s.dot_row, dot_col = s.dot_col;
-  }
-  __syncthreads();
-  if (real && threadIdx.x < TILE) {
-    i64 stride = (i64)row_tiles * TILE;
-    float* out = row_parts + (i64)part * (1 + 2 * K) * stride + tile * TILE + threadIdx.x;
-    write_row(held + threadIdx.x, TILE, 1, 0, K, out, stride);
-  }
-  if (dots) {
-    double row = block_sum_wide(dot_row, sums), col = block_sum_wide(dot_col, sums);
-    if (threadIdx.x == 0) dots[2 * blockIdx.x] = row, dots[2 * blockIdx.x + 1] = col;
+    __syncwarp();
+    if (real && lane < 16) {
+      i64 stride = (i64)row_tiles * TILE;
+      int row = own + lane;
+      write_row(held + row, TILE, 1, 0, K, row_parts + part * (1 + 2 * K) * stride + tile * TILE + row, stride);
+    }
+    if (dots) {
+      double row = warp_sum_wide(s.dot_row), col = warp_sum_wide(s.dot_col);
+      double* to = dots + 2 * (8 * blockIdx.x + warp);
+      if (lane == 0) to[0] = row, to[1] = col;
+    }
   }
   // The other block may still arrive here.
   cluster_barrier();

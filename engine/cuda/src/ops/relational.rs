@@ -289,8 +289,9 @@ impl<'a> Pairs<'a> {
         let col_parts = dev.scratch(strips.tiles * each, Element::F32)?;
         let strip_rows = strips.tiles * side;
         let row_parts = dev.scratch(strips.parts * quantities * strip_rows * words, Element::F32)?;
-        // Two f64 a block.
-        let dots = dev.scratch(4 * strips.tiles * strips.parts, Element::F32)?;
+        // Two f64 a block, or each of its eight warps with a tile.
+        let summing = if by_groups { 8 } else { 1 };
+        let dots = dev.scratch(4 * summing * strips.tiles * strips.parts, Element::F32)?;
         for group in groups {
             let (p, sides) = (self.problem(group.len()), self.operands(&ready, group.clone()));
             for first in (0..rows).step_by(strips.tiles) {
@@ -377,7 +378,7 @@ impl<'a> Pairs<'a> {
                     row_state,
                     col_state,
                     to_dots,
-                    grid as i32,
+                    (summing * grid) as i32,
                     scalars,
                     group.start as i32,
                     i32::from(first == 0),
