@@ -222,18 +222,3 @@ extern "C" __global__ void __launch_bounds__(256, 2)
     depthwise_band_7(View x, View w, View bias, View y, Band d, int flip, int accumulate) {
   band<7, 2, 2>(x, w, bias, y, d, flip, accumulate);
 }
-
-extern "C" __global__ void __launch_bounds__(512, 1)
-    depthwise_band_3_wide(View x, View w, View bias, View y, Band d, int flip, int accumulate) {
-  band<3, 2, 4>(x, w, bias, y, d, flip, accumulate);
-}
-
-extern "C" __global__ void __launch_bounds__(512, 1)
-    depthwise_band_5_wide(View x, View w, View bias, View y, Band d, int flip, int accumulate) {
-  band<5, 2, 4>(x, w, bias, y, d, flip, accumulate);
-}
-
-extern "C" __global__ void __launch_bounds__(512, 1)
-    depthwise_band_7_wide(View x, View w, View bias, View y, Band d, int flip, int accumulate) {
-  band<7, 2, 4>(x, w, bias, y, d, flip, accumulate);
-}

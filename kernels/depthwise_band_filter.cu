@@ -203,18 +203,3 @@ extern "C" __global__ void __launch_bounds__(256, 2)
     depthwise_band_filter_7(View x, View dy, View partials, Band d) {
   band_filter<7, 2, 2>(x, dy, partials, d);
 }
-
-extern "C" __global__ void __launch_bounds__(512, 1)
-    depthwise_band_filter_3_wide(View x, View dy, View partials, Band d) {
-  band_filter<3, 2, 4>(x, dy, partials, d);
-}
-
-extern "C" __global__ void __launch_bounds__(512, 1)
-    depthwise_band_filter_5_wide(View x, View dy, View partials, Band d) {
-  band_filter<5, 2, 4>(x, dy, partials, d);
-}
-
-extern "C" __global__ void __launch_bounds__(512, 1)
-    depthwise_band_filter_7_wide(View x, View dy, View partials, Band d) {
-  band_filter<7, 2, 4>(x, dy, partials, d);
-}

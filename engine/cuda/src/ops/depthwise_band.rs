@@ -35,9 +35,6 @@ unsafe impl Argument for Sizes {
 const STRIP: i32 = 8;
 /// Rows under way (`ROWS_AHEAD`).
 const AHEAD: usize = 4;
-/// Whether a block has 512 threads and 32 channels, once a multiprocessor, in place of 256 threads and 16 channels, twice
-/// (of 32 channels where the kernel is 3×3).
-const WIDE: bool = false;
 /// Registers of a thread at most, and of a multiprocessor.
 const REGISTERS: [usize; 2] = [128, 65536];
 
@@ -115,40 +112,25 @@ impl Band {
 
     /// The convolution of the image read; `views`: that image, weights, bias, image written.
     pub fn correlate(&self, dev: &Device, views: [View; 4], flip: bool, accumulate: bool) -> Result<(), CudaError> {
-        let (most, channels) = match (WIDE, self.k) {
-            (true, _) => (4, 2),
-            (false, 3) => (4, 4),
-            _ => (2, 2),
-        };
+        let (most, channels) = if self.k == 3 { (4, 4) } else { (2, 2) };
         let plan = self.plan(dev, [16, self.sizes.batch], most, channels, |slots| 16 * slots * 8);
         let mut arguments = Arguments::default();
         views.into_iter().for_each(|view| arguments.push(view));
         arguments.push(plan.sizes);
         [flip, accumulate].into_iter().for_each(|value| arguments.push(i32::from(value)));
-        let name = named(
-            if WIDE {
-                ["depthwise_band_3_wide", "depthwise_band_5_wide", "depthwise_band_7_wide"]
-            } else {
-                ["depthwise_band_3", "depthwise_band_5", "depthwise_band_7"]
-            },
-            self.k,
-        );
+        let name = named(["depthwise_band_3", "depthwise_band_5", "depthwise_band_7"], self.k);
         dev.launch(Kernel { file: "depthwise_band", name }, plan.shape, arguments)
     }
 
     /// The gradients by weights and bias in parts, `[parts, taps + 1, c]`, and the parts; `views`: x, dy.
     pub fn filter(&self, dev: &Device, taps: usize, views: [View; 2]) -> Result<(View, usize), CudaError> {
         let images = (self.sizes.batch + 1) / 2;
-        let plan = self.plan(dev, [8, images], if WIDE { 4 } else { 2 }, 2, |slots| 16 * 2 * (slots * 8 + 64));
+        let plan = self.plan(dev, [8, images], 2, 2, |slots| 16 * 2 * (slots * 8 + 64));
         let partials = dev.scratch(plan.shares * (taps + 1) * self.sizes.c as usize, Element::F32)?;
         let mut arguments = Arguments::default();
         views.into_iter().chain([partials]).for_each(|view| arguments.push(view));
         arguments.push(plan.sizes);
-        let names = if WIDE {
-            ["depthwise_band_filter_3_wide", "depthwise_band_filter_5_wide", "depthwise_band_filter_7_wide"]
-        } else {
-            ["depthwise_band_filter_3", "depthwise_band_filter_5", "depthwise_band_filter_7"]
-        };
+        let names = ["depthwise_band_filter_3", "depthwise_band_filter_5", "depthwise_band_filter_7"];
         dev.launch(Kernel { file: "depthwise_band_filter", name: named(names, self.k) }, plan.shape, arguments)?;
         Ok((partials, plan.shares))
     }

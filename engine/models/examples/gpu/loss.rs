@@ -124,7 +124,8 @@ pub fn time(device: &Device, batch: usize) -> Result<(), Failure> {
         Ok(())
     };
     // Both before either is recorded: recordings keep scratch memory that a later op finds too small.
-    (forward()?, backward()?);
+    forward()?;
+    backward()?;
     let (forward, backward) = (median(device, 9, forward)?, median(device, 9, backward)?);
     let extra = before.saturating_sub(device.memory().0) as f64 / 1e6;
     let allowed = 1024.0 * batch as f64 * 2.0 / 1e6 + 64.0;
