@@ -95,6 +95,9 @@ impl Shim {
         let unavailable = |e: libloading::Error| CudaError::Unavailable(format!("{}: {e}", path.display()));
         // SAFETY: the library is our own; loading it only registers its kernels.
         let library = unsafe { Library::new(path) }.map_err(unavailable)?;
+        // Never unloaded: its thread-local storage is large, and the loader may lack room for it a second time.
+        // SAFETY: as above.
+        std::mem::forget(unsafe { Library::new(path) }.map_err(unavailable)?);
         // SAFETY: tests/kernels/shim/runtime.cpp declares it so.
         let launch = *unsafe { library.get::<Launch>(b"mcpipe_launch\0") }.map_err(unavailable)?;
         let (recording, recordings) = (RefCell::default(), RefCell::default());
