@@ -87,7 +87,7 @@ fn opened(choice: DeviceChoice, open: impl FnOnce() -> Result<Device, CudaError>
 }
 
 impl Compute {
-    /// What `choice` names; with the reason, where it is `auto` and no GPU answers, so that it is the CPU. `kernels` are
+    /// What `choice` names; with the reason, where it is `auto` and no GPU can be used, so that it is the CPU. `kernels` are
     /// those of the CPU: any but its native ones keep `auto` there.
     ///
     /// # Errors
@@ -109,8 +109,10 @@ impl Compute {
     fn auto(first: Result<Device, CudaError>, kernels: Kernels) -> Result<(Self, Option<CudaError>), CudaError> {
         match first {
             Ok(device) => Ok((Compute::Cuda(device), None)),
-            Err(e @ CudaError::Unavailable(_)) => Ok((Compute::Cpu(kernels), Some(e))),
-            // A GPU that is there but full, say: that it is left unused must not go unseen.
+            // Full counts as not usable: others hold its memory. The note says so.
+            Err(e @ (CudaError::Unavailable(_) | CudaError::OutOfMemory { .. })) => {
+                Ok((Compute::Cpu(kernels), Some(e)))
+            }
             Err(e) => Err(e),
         }
     }
@@ -142,8 +144,11 @@ mod tests {
         let (compute, note) = Compute::auto(Err(none.clone()), Kernels::Native).unwrap();
         assert_eq!((compute.kind(), note), ("cpu", Some(none)));
         let full = CudaError::OutOfMemory { wanted: 3 << 30, free: 5 << 20, total: 80 << 30 };
-        let e = Compute::auto(Err(full), Kernels::Native).unwrap_err();
-        assert_eq!(e.to_string(), "out of GPU memory: 3.00 GiB wanted, 5.0 MiB of 80.00 GiB free");
+        let (compute, note) = Compute::auto(Err(full), Kernels::Native).unwrap();
+        assert_eq!(compute.kind(), "cpu");
+        assert_eq!(note.unwrap().to_string(), "out of GPU memory: 3.00 GiB wanted, 5.0 MiB of 80.00 GiB free");
+        let broken = CudaError::Call { call: "cuInit".into(), reason: "unknown error".into() };
+        assert!(Compute::auto(Err(broken), Kernels::Native).is_err());
     }
 
     #[test]
