@@ -4,15 +4,19 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 use std::mem::take;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use crate::backend::{Arg, Backend, BackendError, Cpu, Dtype, Forward, GradOut, Part, Vjp};
-use crate::fuse::{FusedConv, fuse, fuse_losses};
+use crate::fuse::{fuse, fuse_losses};
 use crate::graph::{GraphError, Node, Source, StepGraph, Tensor, ValueId};
 use crate::memory::{MemoryPlan, Mode};
 use crate::op::Op;
 use crate::params::{Grads, ParamStore};
 use crate::schedule::Task;
+
+mod profile;
+
+pub use profile::OpTime;
 
 /// A value for an input.
 #[derive(Clone, Copy, Debug)]
@@ -99,21 +103,6 @@ pub struct Executor<B: Backend = Cpu> {
     profile: Option<HashMap<(&'static str, String), OpTime>>,
 }
 
-/// Time spent in one kind of op.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct OpTime {
-    /// Op name.
-    pub op: &'static str,
-    /// What tells it apart from others of its name (kernel size and stride), or nothing.
-    pub detail: String,
-    /// Time in forwards.
-    pub forward: Duration,
-    /// Time in VJPs.
-    pub backward: Duration,
-    /// Floating-point operations of the forwards that were timed.
-    pub flops: u64,
-}
-
 impl<B: Backend> Executor<B> {
     /// Plans the memory of `graph`, allocates it and finds its parameters in `store`.
     ///
@@ -176,40 +165,6 @@ impl<B: Backend> Executor<B> {
     /// The memory plan.
     pub fn plan(&self) -> &MemoryPlan {
         &self.plan
-    }
-
-    /// Starts to count the time spent in each kind of op, from zero.
-    pub fn start_profile(&mut self) {
-        self.profile = Some(HashMap::new());
-    }
-
-    /// The times counted since [`start_profile`](Self::start_profile), longest first; ends the counting.
-    pub fn take_profile(&mut self) -> Vec<OpTime> {
-        let mut times: Vec<OpTime> = self.profile.take().unwrap_or_default().into_values().collect();
-        times.sort_by_key(|t| std::cmp::Reverse(t.forward + t.backward));
-        times
-    }
-
-    fn count(&mut self, node: &Node, op: &Op, since: Instant, backward: bool) {
-        let Some(profile) = &mut self.profile else { return };
-        self.backend.settle();
-        let detail = match op {
-            Op::Conv2d(d) | Op::FusedConv(FusedConv { conv: d, .. }) => {
-                format!("{}x{} stride {}", d.kh, d.kw, d.stride)
-            }
-            _ => String::new(),
-        };
-        let time = profile.entry((op.name(), detail)).or_insert_with_key(|(op, detail)| OpTime {
-            op,
-            detail: detail.clone(),
-            ..OpTime::default()
-        });
-        if backward {
-            time.backward += since.elapsed();
-        } else {
-            time.forward += since.elapsed();
-            time.flops += op.flops(node.numel());
-        }
     }
 
     /// The backend.

@@ -3,15 +3,20 @@
 //! In three stages, so that processes that hold rows each can merge their columns' statistics between the first two:
 //! [`Pairs::statistics`], ([`Pairs::merge_ranks`],) [`Pairs::finish`]; then [`Pairs::backward`].
 
+mod arguments;
+mod strips;
+
 use mcpipe_cpu::relational::{MOST_TEACHERS, Relational};
 use mcpipe_graph::Op;
 
+use self::arguments::{MAPPED, Maps, Operand, Operands, Problem, SETS, Targets};
+use self::strips::Strips;
 use super::elementwise;
 use crate::device::Device;
 use crate::driver::{Product, TensorMap};
 use crate::error::CudaError;
-use crate::launch::{Argument, Shape, launch};
-use crate::view::{Address, Element, Forward, Grad, View, Vjp};
+use crate::launch::{Shape, launch};
+use crate::view::{Element, Forward, Grad, View, Vjp};
 
 /// Columns and rows are padded to whole tiles.
 const TILE: usize = 128;
@@ -29,69 +34,6 @@ const THREADS_SM90A: u32 = 384;
 const PAIR: usize = 2;
 /// Stages of the copies to shared memory there, 32 kB each.
 const STAGES_SM90A: usize = 6;
-/// Pairs of embeddings it takes at a time.
-const MAPPED: usize = 5;
-
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct Operand {
-    data: Address,
-    ld: i64,
-}
-
-const SETS: usize = 1 + MOST_TEACHERS;
-
-/// `Operands` of `kernels/relational.cuh`.
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct Operands {
-    left: [Operand; SETS],
-    right: [Operand; SETS],
-    dim: [i32; SETS],
-}
-// SAFETY: repr(C), and mirrors the C++ struct.
-unsafe impl Argument for Operands {}
-
-/// `Maps` of `kernels/relational_sm90a.cu`.
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct Maps {
-    left: [TensorMap; MAPPED],
-    right: [TensorMap; MAPPED],
-    dim: [i32; 16],
-}
-// SAFETY: as above.
-unsafe impl Argument for Maps {}
-
-/// `Targets` of `kernels/relational.cuh`.
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct Targets {
-    own: Address,
-    other: Address,
-    keep: Address,
-    group: Address,
-    share: Address,
-    column_total: Address,
-    spans: Address,
-}
-// SAFETY: as above.
-unsafe impl Argument for Targets {}
-
-/// `Problem` there.
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct Problem {
-    rows: i32,
-    first_row: i32,
-    cols: i32,
-    teachers: i32,
-    all_teachers: i32,
-    row_stride: i32,
-    col_stride: i32,
-}
-// SAFETY: as above.
-unsafe impl Argument for Problem {}
 
 /// An embedding as the kernels and the products take it: rows `ld` apart, in bf16 or f32.
 #[derive(Clone, Copy)]
@@ -104,37 +46,6 @@ struct Side {
 struct Ready {
     sets: Vec<[Side; 2]>,
     targets: Targets,
-}
-
-/// How a strip of rows is shared out: tiles of rows in a strip, parts of the columns.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Strips {
-    tiles: usize,
-    parts: usize,
-}
-
-impl Strips {
-    /// The cheapest: `rows` × `cols` tiles on `processors` blocks at a time, at most `most` tiles of rows in a strip, a
-    /// multiple of `side` where tiles are that many together.
-    fn new(rows: usize, cols: usize, processors: usize, most: usize, side: usize) -> Self {
-        let [rows, processors, most] = [rows.div_ceil(side), (processors / side).max(1), most / side];
-        let found = Strips::of_ones(rows, cols, processors, most);
-        Strips { tiles: side * found.tiles, ..found }
-    }
-
-    fn of_ones(rows: usize, cols: usize, processors: usize, most: usize) -> Self {
-        // In tiles: what the start and the merging of a strip take.
-        const STRIP: usize = 2;
-        let cost = |s: &Strips| {
-            let waves = (s.tiles * s.parts).div_ceil(processors);
-            rows.div_ceil(s.tiles) * (waves * cols.div_ceil(s.parts) + STRIP)
-        };
-        let heights = (1..=most.clamp(1, rows.max(1))).rev();
-        let all = heights.flat_map(|tiles| {
-            (1..=4).map(move |waves| Strips { tiles, parts: (waves * processors / tiles).clamp(1, cols.max(1)) })
-        });
-        all.min_by_key(cost).unwrap_or(Strips { tiles: 1, parts: 1 })
-    }
 }
 
 /// The loss over the rows that this process holds.
